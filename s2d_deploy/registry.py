@@ -1,0 +1,66 @@
+"""Runtimes and targets by name.
+
+The tables are literal, so that a look-up imports one module and nothing else. Entry points serve
+third parties: a package that declares one in the groups below is found by the same functions.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, cast
+
+from s2d_deploy.errors import RecipeError, message
+from s2d_deploy.session import Runtime, Target
+
+RUNTIMES = {
+    "reference": "s2d_deploy.runtimes.reference",
+    "ort": "s2d_deploy.runtimes.ort",
+    "tvm": "s2d_deploy.runtimes.tvm_vm",
+    "tensorrt": "s2d_deploy.runtimes.trt",
+}
+TARGETS = {
+    "reference": "s2d_deploy.export.to_reference",
+    "ort": "s2d_deploy.export.to_ort",
+    "tvm": "s2d_deploy.export.to_tvm",
+    "tensorrt": "s2d_deploy.export.to_tensorrt",
+}
+RUNTIME_GROUP = "s2d_deploy.runtimes"
+TARGET_GROUP = "s2d_deploy.targets"
+
+
+def load_runtime(name: str) -> Runtime:
+    """The adapter called `name`. Importing it does not import the runtime's own package.
+
+    Raises:
+        RecipeError: no such runtime; the message lists those there are.
+    """
+    return cast(Runtime, _load("runtime", name, RUNTIMES, RUNTIME_GROUP))
+
+
+def load_target(name: str) -> Target:
+    """The export target called `name`.
+
+    Raises:
+        RecipeError: no such target; the message lists those there are.
+    """
+    return cast(Target, _load("target", name, TARGETS, TARGET_GROUP))
+
+
+def _load(kind: str, name: str, table: dict[str, str], group: str) -> Any:
+    if name in table:
+        module = import_module(table[name])
+        return getattr(module, kind.upper())
+    plugins = entry_points(group=group)
+    if name in plugins.names:
+        return plugins[name].load()
+    known = sorted({*table, *plugins.names})
+    close = get_close_matches(name, known, n=1)
+    raise RecipeError(
+        message(
+            f"unknown {kind} {name!r}",
+            expected=f"one of {', '.join(known)}",
+            fix=f"did you mean {close[0]!r}?" if close else None,
+        )
+    )
