@@ -1,0 +1,420 @@
+"""Torch + plan -> the common ONNX file that every target reads (docs/architecture.md, section 4).
+
+The simulated model itself goes through `torch.onnx.export(dynamo=True)`; each fake quantizer becomes a
+QuantizeLinear/DequantizeLinear pair. Then the graph is brought into the common form: weights become real
+INT4/INT8 initializers, Gemm becomes MatMul + Add, transposes move in front of quantizers, equal
+quantizers of one tensor become one, and contractions and sites get their plan names.
+
+Run as a script: ``python -m s2d_deploy.export.to_onnx QUANTIZED_FOLDER OUT.onnx``.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnxscript import opset21 as op21
+from torch import Tensor, nn
+
+from s2d_deploy import __version__
+from s2d_deploy.errors import ModelError, message
+from s2d_deploy.fake_quant import quantize
+from s2d_deploy.plan import Plan, Site
+from s2d_deploy.simulation import simulate
+
+logger = logging.getLogger(__name__)
+
+OPSET = 21
+_STORAGE = {
+    "INT4": (ir.DataType.INT4, ml_dtypes.int4),
+    "UINT4": (ir.DataType.UINT4, ml_dtypes.uint4),
+    "INT8": (ir.DataType.INT8, np.int8),
+    "UINT8": (ir.DataType.UINT8, np.uint8),
+}
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+class _Forward(nn.Module):
+    """Fixes argument and output names: positional tensors in, a tuple of tensors out."""
+
+    def __init__(self, model: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.inputs, self.outputs = model, tuple(inputs), tuple(outputs)
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        result = self.model(**dict(zip(self.inputs, tensors, strict=True)))
+        if isinstance(result, Tensor):
+            return (result,)
+        return tuple(result[name] for name in self.outputs)
+
+
+def export_onnx(
+    model: nn.Module,
+    plan: Plan,
+    sample: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    path: Path,
+    *,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+) -> onnx.ModelProto:
+    """Export `model` as `plan` quantizes it, and write the common ONNX file.
+
+    Args:
+        model: the float model; called as ``model(**sample)``.
+        plan: its quantization; one without sites exports the float baseline.
+        sample: one batch of at least two samples (a batch of one would fix the dimension).
+        outputs: names of the outputs to keep (keys of the model's output; any one name for a plain tensor).
+        path: where to write; weights beyond 2 GB go to ``<path>.data``.
+        dynamic: further dynamic dimensions, ``{input: {dimension: name}}``; dimension 0 is always ``batch``.
+
+    Returns:
+        The model as written, checked by the ONNX checker with shape inference.
+
+    Raises:
+        ModelError: torch cannot export the model; the message carries torch's own reason.
+    """
+    module = simulate(model, plan).eval()
+    dims = _dynamic_shapes(sample, dynamic or {})
+    program = _trace(_Forward(module, tuple(sample), outputs).eval(), sample, outputs, dims)
+    graph_model = program.model
+    _bring_into_common_form(graph_model, plan)
+    graph_model.metadata_props.update(
+        {
+            "s2d.precision": plan.precision,
+            "s2d.plan_sha256": plan.digest(),
+            "s2d.version": __version__,
+        }
+    )
+    proto = ir.serde.serialize_model(graph_model)
+    proto.producer_name, proto.producer_version = "s2d-deploy", __version__
+    inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
+    onnx.checker.check_model(inferred, full_check=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if inferred.ByteSize() > 1 << 30:
+        onnx.save_model(inferred, path, save_as_external_data=True, location=f"{path.name}.data")
+    else:
+        onnx.save_model(inferred, path)
+    return inferred
+
+
+def _dynamic_shapes(sample: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str]]) -> tuple[Any, ...]:
+    dims: dict[str, Any] = {"batch": torch.export.Dim("batch")}
+    for axes in dynamic.values():
+        dims.update({name: torch.export.Dim(name) for name in axes.values() if name not in dims})
+    return (tuple({0: dims["batch"]} | {a: dims[n] for a, n in dynamic.get(name, {}).items()} for name in sample),)
+
+
+def _trace(module: nn.Module, sample: Mapping[str, Tensor], outputs: Sequence[str], dims: tuple[Any, ...]) -> Any:
+    table = {
+        torch.ops.s2d_deploy.fake_quantize.default: _pair,
+        torch.ops.s2d_deploy.fake_quantize_token.default: _token_pair,
+    }
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)  # it warns of a missing torchvision, which nothing here needs
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch's own tree specs
+            return torch.onnx.export(
+                module,
+                tuple(sample.values()),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(sample),
+                output_names=list(outputs),
+                dynamic_shapes=dims,
+                custom_translation_table=cast(Any, table),
+                verbose=False,
+            )
+    except Exception as error:
+        raise ModelError(
+            message(
+                "torch cannot export this model to ONNX",
+                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error}",
+                fix="make the forward pass free of data-dependent control flow, or export a smaller part",
+            )
+        ) from error
+    finally:
+        registration.setLevel(level)
+
+
+def _pair(  # type: ignore[no-untyped-def]
+    x, scale, zero_point, bits: int, signed: bool, narrow: bool, axis: int | None = None, block: int | None = None
+):
+    """One static quantizer as Q/DQ. The zero point is always written: some runtimes need it to pick the type."""
+    container = _STORAGE[f"{'' if signed else 'U'}INT{4 if bits <= 4 else 8}"][0]
+    attributes = {} if axis is None else {"axis": axis} if block is None else {"axis": axis, "block_size": block}
+    typed = op21.Cast(zero_point, to=container.value)
+    if bits not in (4, 8) or narrow:
+        low = (-(1 << (bits - 1)) + int(narrow)) if signed else 0
+        high = ((1 << (bits - 1)) - 1) if signed else (1 << bits) - 1
+        offset = op21.Cast(zero_point, to=ir.DataType.FLOAT.value)
+        lower = op21.Mul(op21.Sub(op21.Constant(value_float=float(low)), offset), scale)
+        upper = op21.Mul(op21.Sub(op21.Constant(value_float=float(high)), offset), scale)
+        if axis is None:
+            x = op21.Clip(x, lower, upper)
+    codes = op21.QuantizeLinear(x, scale, typed, **attributes)
+    return op21.DequantizeLinear(codes, scale, typed, **attributes)
+
+
+def _token_pair(x, bits: int, narrow: bool):  # type: ignore[no-untyped-def]
+    """One per-token quantizer: a run-time scale for each vector along the last axis."""
+    container, dtype = _STORAGE[f"INT{4 if bits <= 4 else 8}"]
+    qmax = (1 << (bits - 1)) - 1
+    absmax = op21.ReduceMax(op21.Abs(x), op21.Constant(value_ints=[-1]), keepdims=1)
+    one = op21.Constant(value_float=1.0)
+    zero = op21.Constant(value_float=0.0)
+    scale = op21.Where(op21.Greater(absmax, zero), op21.Div(absmax, op21.Constant(value_float=float(qmax))), one)
+    # The whole token is one block, so the scale is spread over it: ONNX wants a static block size, a Div does not.
+    codes = op21.QuantizeLinear(op21.Div(x, scale), one, op21.Cast(op21.Constant(value_int=0), to=container.value))
+    return op21.Mul(op21.DequantizeLinear(codes, one, op21.Cast(op21.Constant(value_int=0), to=container.value)), scale)
+
+
+def _bring_into_common_form(model: ir.Model, plan: Plan) -> None:
+    graph = model.graph
+    _split_gemm(graph)
+    _store_weight_codes(graph, plan)
+    _type_zero_points(graph)
+    _share_equal_quantizers(graph)
+    _drop_unused(graph)
+    _name(graph, plan)
+    graph.sort()
+
+
+def _scopes(node: ir.Node) -> list[str]:
+    """Torch module paths that `node` lies in, outermost first."""
+    text = node.metadata_props.get(_SCOPES, "[]")
+    return [s.removeprefix("model.") for s in ast.literal_eval(text)[:-1] if s not in ("", "model")]
+
+
+def _constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
+    if value is None or value.const_value is None:
+        return None
+    return cast("np.ndarray[Any, Any]", value.const_value.numpy())
+
+
+def _initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any], dtype: ir.DataType) -> ir.Value:
+    tensor = ir.Tensor(array, dtype=dtype, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _like(node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None) -> ir.Node:
+    new = ir.node(op_type, inputs, attributes or {})
+    new.metadata_props.update(node.metadata_props)
+    return new
+
+
+def _split_gemm(graph: ir.Graph) -> None:
+    """Gemm(A, W, bias) with transB -> MatMul(A, Transpose(W)) + Add: one form of Linear for every reader."""
+    for node in list(graph):
+        if node.op_type != "Gemm":
+            continue
+        transposed = bool(node.attributes.get_int("transB", 0))
+        weight = node.inputs[1]
+        before: list[ir.Node] = []
+        if transposed:
+            transpose = _like(node, "Transpose", [weight], {"perm": [1, 0]})
+            before.append(transpose)
+            weight = transpose.outputs[0]
+        product = _like(node, "MatMul", [node.inputs[0], weight])
+        before.append(product)
+        last = product
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            last = _like(node, "Add", [product.outputs[0], node.inputs[2]])
+            before.append(last)
+        last.outputs[0].shape, last.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        _replace(graph, node, before, last.outputs[0])
+
+
+def _replace(graph: ir.Graph, old: ir.Node, new: Sequence[ir.Node], value: ir.Value) -> None:
+    name = old.outputs[0].name
+    graph.insert_before(old, list(new))
+    ir.convenience.replace_all_uses_with(old.outputs[0], value, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+    value.name = name
+
+
+def _owner(node: ir.Node) -> str:
+    """The fake quantizer's module path: ``<op>.weight_quantizer``, ``<attention>.query_quantizer``, ..."""
+    scopes = _scopes(node)
+    return scopes[-1] if scopes else ""
+
+
+def _store_weight_codes(graph: ir.Graph, plan: Plan) -> None:
+    """Fold Q(weight) into an initializer of codes, and a following Transpose into its layout."""
+    for node in list(graph):
+        if node.op_type != "DequantizeLinear" or not _owner(node).endswith(".weight_quantizer"):
+            continue
+        site = plan.sites[_owner(node).removesuffix("_quantizer")]
+        weight = _weight_behind(node)
+        codes = quantize(torch.from_numpy(weight), site.scale, site.zero_point, site.grid).numpy()
+        scale, zero_point = site.scale.numpy(), site.zero_point.numpy()
+        axis = getattr(site.grid.granularity, "axis", None)
+        consumers = list(node.outputs[0].consumers())
+        target = node
+        if codes.ndim == 2 and all(c.op_type == "Transpose" for c in consumers):
+            codes, scale, zero_point = codes.T, scale.T, zero_point.T
+            axis = None if axis is None else 1 - (axis % 2)
+            target = consumers[0]
+        dequantize = _dequantize_codes(graph, node, site, codes, scale, zero_point, axis)
+        _replace(graph, target, [dequantize], dequantize.outputs[0])
+        for extra in consumers[1:] if target is not node else []:
+            ir.convenience.replace_all_uses_with(extra.outputs[0], dequantize.outputs[0])
+            graph.remove(extra, safe=True)
+
+
+def _weight_behind(dequantize: ir.Node) -> np.ndarray[Any, Any]:
+    quantizer = dequantize.inputs[0].producer() if dequantize.inputs[0] else None
+    weight = _constant(quantizer.inputs[0]) if quantizer is not None else None
+    if weight is None:
+        raise ModelError(message(f"{_owner(dequantize)}: the quantized weight is not a stored tensor"))
+    return np.ascontiguousarray(weight, dtype=np.float32)
+
+
+def _dequantize_codes(
+    graph: ir.Graph,
+    like: ir.Node,
+    site: Site,
+    codes: np.ndarray[Any, Any],
+    scale: np.ndarray[Any, Any],
+    zero_point: np.ndarray[Any, Any],
+    axis: int | None,
+) -> ir.Node:
+    container, dtype = _STORAGE[site.grid.storage]
+    attributes = {} if axis is None else {"axis": axis}
+    size = getattr(site.grid.granularity, "size", None)
+    if size is not None:
+        attributes["block_size"] = size
+    inputs = [
+        _initializer(graph, f"{site.name}.codes", np.ascontiguousarray(codes).astype(dtype), container),
+        _initializer(graph, f"{site.name}.scale", np.ascontiguousarray(scale), ir.DataType.FLOAT),
+        _initializer(graph, f"{site.name}.zero_point", np.ascontiguousarray(zero_point).astype(dtype), container),
+    ]
+    node = _like(like, "DequantizeLinear", inputs, attributes)
+    node.name = f"{site.name}.dequantize"
+    node.metadata_props["s2d.site"] = site.name
+    return node
+
+
+def _type_zero_points(graph: ir.Graph) -> None:
+    """Fold Cast(int32 zero point) and the Clip bounds of odd widths into typed initializers."""
+    for node in list(graph):
+        if node.op_type == "Cast":
+            array = _constant(node.inputs[0])
+            if array is None or array.dtype not in (np.int32, np.int64):
+                continue
+            to = ir.DataType(node.attributes.get_int("to"))
+            folded = array.astype(to.numpy())
+            value = _initializer(graph, f"{node.outputs[0].name}.typed", folded, to)
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            graph.remove(node, safe=True)
+
+
+def _share_equal_quantizers(graph: ir.Graph) -> None:
+    """One pair for equal quantizers of one tensor (q, k and v projections read the same LayerNorm)."""
+    seen: dict[tuple[object, ...], tuple[ir.Node, ir.Node]] = {}
+    for node in list(graph):
+        if node.op_type != "QuantizeLinear":
+            continue
+        users = [c for c in node.outputs[0].consumers() if c.op_type == "DequantizeLinear"]
+        if len(users) != 1:
+            continue
+        key = (node.inputs[0], _key(node.inputs[1]), _key(node.inputs[2]))
+        if key not in seen:
+            seen[key] = (node, users[0])
+            for n in (node, users[0]):
+                n.metadata_props["s2d.site"] = _owner(n).removesuffix("_quantizer")
+            continue
+        first_q, first_dq = seen[key]
+        sites = f"{first_q.metadata_props['s2d.site']},{_owner(node).removesuffix('_quantizer')}"
+        first_q.metadata_props["s2d.site"] = first_dq.metadata_props["s2d.site"] = sites
+        ir.convenience.replace_all_uses_with(users[0].outputs[0], first_dq.outputs[0])
+        graph.remove([users[0], node], safe=True)
+
+
+def _key(value: ir.Value | None) -> object:
+    array = _constant(value)
+    return value if array is None else (array.tobytes(), str(array.dtype), array.shape)
+
+
+def _name(graph: ir.Graph, plan: Plan) -> None:
+    """Plan names for contractions and quantizers; unique names for everything else."""
+    for node in graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and "s2d.site" in node.metadata_props:
+            first = node.metadata_props["s2d.site"].split(",")[0]
+            node.name = f"{first}.{'quantize' if node.op_type == 'QuantizeLinear' else 'dequantize'}"
+        elif node.op_type in ("MatMul", "Conv"):
+            name = _op_name(node)
+            node.name = name
+            node.metadata_props["s2d.op"] = name
+            if name in plan.ops:
+                node.metadata_props["s2d.macs"] = str(plan.ops[name].macs)
+            node.metadata_props["s2d.declared"] = plan.declared(name) if name in plan.ops else "float"
+    names: set[str] = set()
+    for i, node in enumerate(graph):
+        name = node.name or f"{_owner(node) or 'graph'}.{node.op_type}"
+        node.name = name if name not in names else f"{name}.{i}"
+        names.add(node.name)
+        # The exporter's stack traces carry paths of the exporting machine, and its scopes outweigh small weights.
+        for key in [k for k in node.metadata_props if not k.startswith("s2d.")]:
+            del node.metadata_props[key]
+    for value in list(graph.initializers.values()):
+        name = (value.name or "").removeprefix("model.").replace("_quantizer.", ".")
+        if name not in graph.initializers:
+            value.name = name
+
+
+def _op_name(node: ir.Node) -> str:
+    """A Linear or Conv is named by its module; attention's products by which of them comes first."""
+    owner = _owner(node)
+    if node.op_type == "Conv" or node.inputs[1] is None:
+        return owner
+    if _is_stored(node.inputs[1]):
+        return owner
+    return f"{owner}.context" if _reads_softmax(node.inputs[0]) else f"{owner}.scores"
+
+
+def _is_stored(value: ir.Value) -> bool:
+    """Whether `value` is a weight: an initializer, possibly behind dequantization or a transpose."""
+    while value.const_value is None:
+        producer = value.producer()
+        if producer is None or producer.op_type not in ("DequantizeLinear", "Transpose", "QuantizeLinear"):
+            return False
+        following = producer.inputs[0]
+        if following is None:
+            return False
+        value = following
+    return True
+
+
+def _reads_softmax(value: ir.Value | None) -> bool:
+    for _ in range(8):
+        producer = value.producer() if value is not None else None
+        if producer is None:
+            return False
+        if producer.op_type == "Softmax":
+            return True
+        value = producer.inputs[0]
+    return False
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    for node in reversed(list(graph)):
+        if not any(out.consumers() or out.is_graph_output() for out in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.consumers() and not value.is_graph_output():
+            del graph.initializers[name]
