@@ -168,9 +168,9 @@ def _pair(  # type: ignore[no-untyped-def]
     return op21.DequantizeLinear(codes, scale, typed, **attributes)
 
 
-def _token_pair(x, bits: int, narrow: bool):  # type: ignore[no-untyped-def]
+def _token_pair(x, bits: int):  # type: ignore[no-untyped-def]
     """One per-token quantizer: a run-time scale for each vector along the last axis."""
-    container, dtype = _STORAGE[f"INT{4 if bits <= 4 else 8}"]
+    container = _STORAGE[f"INT{4 if bits <= 4 else 8}"][0]
     qmax = (1 << (bits - 1)) - 1
     absmax = op21.ReduceMax(op21.Abs(x), op21.Constant(value_ints=[-1]), keepdims=1)
     one = op21.Constant(value_float=1.0)
@@ -211,7 +211,9 @@ def _initializer(graph: ir.Graph, name: str, array: np.ndarray[Any, Any], dtype:
     return value
 
 
-def _like(node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None) -> ir.Node:
+def _like(
+    node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict[str, Any] | None = None
+) -> ir.Node:
     new = ir.node(op_type, inputs, attributes or {})
     new.metadata_props.update(node.metadata_props)
     return new

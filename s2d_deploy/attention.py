@@ -83,14 +83,15 @@ def attention(
 
 def use_visible_attention(model: nn.Module) -> bool:
     """Make a transformers model call `attention`. Returns False for a model that has no such switch."""
-    if not hasattr(model, "set_attn_implementation"):
+    switch: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
+    if switch is None:
         return False
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION_NAME, attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _mask)
-    model.set_attn_implementation(ATTENTION_NAME)
+    switch(ATTENTION_NAME)
     return True
 
 
@@ -108,5 +109,5 @@ def _operand(module: nn.Module, operand: str, x: Tensor) -> Tensor:
     watcher = _watcher.get()
     if watcher is not None:
         watcher(module, operand, x)
-    quantizer = getattr(module, quantizer_name(operand), None)
-    return quantizer(x) if quantizer is not None else x
+    quantizer: nn.Module | None = getattr(module, quantizer_name(operand), None)
+    return x if quantizer is None else quantizer(x)

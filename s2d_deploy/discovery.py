@@ -61,7 +61,15 @@ def discover(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Op]:
         left = queries.pop(name)
         kind = "scores" if operand == "key" else "context"
         n = x.shape[-1]
-        add(Op(f"{name}.{kind}", "scores" if operand == "key" else "context", left.shape[-1], n, left.numel() // size * n))
+        add(
+            Op(
+                f"{name}.{kind}",
+                "scores" if operand == "key" else "context",
+                left.shape[-1],
+                n,
+                left.numel() // size * n,
+            )
+        )
 
     handles = [m.register_forward_hook(on_layer) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     training = model.training

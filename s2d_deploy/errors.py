@@ -37,8 +37,11 @@ class UserError(S2DDeployError):
     """The input must be changed."""
 
 
-class RecipeError(UserError):
-    """A key or value of the recipe, or of a flag that overrides it, is wrong."""
+class RecipeError(UserError, ValueError):
+    """A key or value of the recipe, or of a flag that overrides it, is wrong.
+
+    Also a ValueError, so that schema validation collects it and reports every offender at once.
+    """
 
 
 class DataError(UserError):
@@ -92,5 +95,5 @@ def message(what: str, *, expected: str | None = None, found: str | None = None,
     if found is not None:
         parts.append(f"Found: {found.rstrip('.')}.")
     if fix is not None:
-        parts.append(f"Fix: {fix.rstrip('.')}.")
+        parts.append(f"Fix: {fix}" if fix.endswith("?") else f"Fix: {fix.rstrip('.')}.")
     return " ".join(parts)

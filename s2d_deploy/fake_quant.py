@@ -116,21 +116,21 @@ fake_quantize_op.register_autograd(_straight_through, setup_context=_remember)
 
 
 @torch.library.custom_op("s2d_deploy::fake_quantize_token", mutates_args=())
-def fake_quantize_token_op(x: Tensor, bits: int, narrow: bool) -> Tensor:
+def fake_quantize_token_op(x: Tensor, bits: int) -> Tensor:
     """Quantize and dequantize with one run-time scale for each token (see `token_scale`)."""
-    grid = Grid(bits=bits, narrow=narrow, granularity=PerToken())
+    grid = Grid(bits=bits, granularity=PerToken())
     scale = token_scale(x, grid)
     return torch.round(x / scale).clamp_(grid.qmin, grid.qmax).mul_(scale)
 
 
 @fake_quantize_token_op.register_fake
-def _(x: Tensor, bits: int, narrow: bool) -> Tensor:  # noqa: ARG001
+def _(x: Tensor, bits: int) -> Tensor:  # noqa: ARG001
     return torch.empty_like(x)
 
 
-def _pass_through(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:  # noqa: ARG001
+def _pass_through(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG001
     # A per-token absmax scale clamps nothing, so the straight-through gradient is the identity.
-    return grad, None, None
+    return grad, None
 
 
 fake_quantize_token_op.register_autograd(_pass_through)
@@ -166,7 +166,7 @@ class FakeQuantizer(nn.Module):
         """Fake-quantized `x`: same shape and dtype."""
         g = self.grid.granularity
         if isinstance(g, PerToken):
-            result: Tensor = fake_quantize_token_op(x, self.grid.bits, self.grid.narrow)
+            result: Tensor = fake_quantize_token_op(x, self.grid.bits)
             return result
         axis = g.axis if isinstance(g, PerAxis | PerBlock) else None
         block = g.size if isinstance(g, PerBlock) else None

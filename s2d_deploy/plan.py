@@ -104,7 +104,9 @@ class Plan:
         if site.op not in self.ops:
             raise PlanError(message(f"site {site.name!r} belongs to no op", found=f"op {site.op!r}"))
         if site.name in self.sites:
-            raise PlanError(message(f"site {site.name!r} is quantized twice", found=f"by {self.sites[site.name].source}"))
+            raise PlanError(
+                message(f"site {site.name!r} is quantized twice", found=f"by {self.sites[site.name].source}")
+            )
         self.sites[site.name] = site
 
     def declared(self, op: str) -> str:
@@ -174,7 +176,9 @@ class Plan:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ArtifactError(
                 message(
-                    f"{path}: not a quantization plan", found=f"{type(error).__name__}: {error}", fix="run `s2d-deploy quantize`"
+                    f"{path}: not a quantization plan",
+                    found=f"{type(error).__name__}: {error}",
+                    fix="run `s2d-deploy quantize`",
                 )
             ) from error
         return plan
@@ -193,9 +197,7 @@ class Plan:
             "plan_version": PLAN_VERSION,
             "precision": self.precision,
             "info": self.info,
-            "ops": [
-                {"name": o.name, "kind": o.kind, "k": o.k, "n": o.n, "macs": o.macs} for o in self.ops.values()
-            ],
+            "ops": [{"name": o.name, "kind": o.kind, "k": o.k, "n": o.n, "macs": o.macs} for o in self.ops.values()],
             "sites": [
                 {"name": s.name, "op": s.op, "role": s.role, "grid": s.grid.to_dict(), "source": s.source}
                 for s in self.sites.values()

@@ -81,7 +81,9 @@ def load_model(path: Path) -> onnx.ModelProto:
         model = onnx.load(path)
     except Exception as error:
         raise ArtifactError(
-            message(f"{path}: not a readable ONNX file", found=f"{type(error).__name__}: {error}", fix="export it again")
+            message(
+                f"{path}: not a readable ONNX file", found=f"{type(error).__name__}: {error}", fix="export it again"
+            )
         ) from error
     if not model.graph.node:
         raise ArtifactError(message(f"{path}: an ONNX file without nodes", fix="export it again"))

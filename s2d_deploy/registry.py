@@ -48,6 +48,12 @@ def load_target(name: str) -> Target:
     return cast(Target, _load("target", name, TARGETS, TARGET_GROUP))
 
 
+def check_target(name: str) -> None:
+    """Raise RecipeError unless a target of that name exists; imports nothing."""
+    if name not in TARGETS and name not in entry_points(group=TARGET_GROUP).names:
+        raise _unknown("target", name, TARGETS, TARGET_GROUP)
+
+
 def _load(kind: str, name: str, table: dict[str, str], group: str) -> Any:
     if name in table:
         module = import_module(table[name])
@@ -55,9 +61,13 @@ def _load(kind: str, name: str, table: dict[str, str], group: str) -> Any:
     plugins = entry_points(group=group)
     if name in plugins.names:
         return plugins[name].load()
-    known = sorted({*table, *plugins.names})
+    raise _unknown(kind, name, table, group)
+
+
+def _unknown(kind: str, name: str, table: dict[str, str], group: str) -> RecipeError:
+    known = sorted({*table, *entry_points(group=group).names})
     close = get_close_matches(name, known, n=1)
-    raise RecipeError(
+    return RecipeError(
         message(
             f"unknown {kind} {name!r}",
             expected=f"one of {', '.join(known)}",

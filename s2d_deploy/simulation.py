@@ -156,7 +156,12 @@ def _check_weight(name: str, weight: Tensor, site: Site | None) -> None:
 
 def _foreign(name: str, expected: str, found: str) -> ModelError:
     return ModelError(
-        message(f"op {name!r} of the plan is not in this model", expected=expected, found=found, fix="use the plan's own model")
+        message(
+            f"op {name!r} of the plan is not in this model",
+            expected=expected,
+            found=found,
+            fix="use the plan's own model",
+        )
     )
 
 

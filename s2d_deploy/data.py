@@ -1,0 +1,337 @@
+"""Samples: digits, image folders, text, npz. Deterministic order, checked before the expensive step.
+
+A batch is a dictionary of tensors that the model takes as keyword arguments, first dimension the batch; labels,
+where there are some, lie beside it. Everything is read lazily, a batch at a time.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from s2d_deploy.errors import DataError, message
+
+if TYPE_CHECKING:
+    from s2d_deploy.recipe import DataSection
+
+Split = Literal["train", "calibration", "test"]
+Batch = dict[str, Tensor]
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+TEXT_SUFFIXES = (".txt", ".md", ".text")
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """One split.
+
+    Attributes:
+        load: indices -> batch of inputs.
+        labels: int64 ``(n,)``, or None for unlabelled data.
+        size: number of samples.
+    """
+
+    load: Callable[[Sequence[int]], Batch]
+    labels: Tensor | None
+    size: int
+
+    def batches(self, batch_size: int, *, shuffle_seed: int | None = None, drop_last: bool = False) -> Iterator[Batch]:
+        """Batches without labels, in order, or shuffled by a seed."""
+        for index in self._indices(batch_size, shuffle_seed, drop_last):
+            yield self.load(index)
+
+    def labelled_batches(
+        self, batch_size: int, *, shuffle_seed: int | None = None, drop_last: bool = False
+    ) -> Iterator[Batch]:
+        """Batches with ``labels`` beside the inputs.
+
+        Raises:
+            DataError: the split has no labels.
+        """
+        if self.labels is None:
+            raise DataError(message("this data has no labels", fix="use condition.objective: distill"))
+        for index in self._indices(batch_size, shuffle_seed, drop_last):
+            yield self.load(index) | {"labels": self.labels[list(index)]}
+
+    def _indices(self, batch_size: int, seed: int | None, drop_last: bool) -> Iterator[list[int]]:
+        order = list(range(self.size))
+        if seed is not None:
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed)).tolist()
+        for start in range(0, self.size, batch_size):
+            index = order[start : start + batch_size]
+            if len(index) == batch_size or not drop_last:
+                yield index
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Three splits and the facts a manifest needs.
+
+    Attributes:
+        train, calibration, test: the splits; calibration samples come from the training split.
+        fingerprint: identifies the data: kind, sizes, and a digest of names and sizes or of the values.
+        max_sequence: padded length of text, else None.
+    """
+
+    train: Samples
+    calibration: Samples
+    test: Samples
+    fingerprint: dict[str, Any]
+    max_sequence: int | None = None
+
+
+def load_data(
+    section: DataSection, *, image_size: int | None, channels: int, classes: int | None, model_source: str | None
+) -> Dataset:
+    """The recipe's data.
+
+    Args:
+        section: the recipe's ``data``.
+        image_size: side of the square images that the model takes, pixels.
+        channels: of those images, 1 or 3.
+        classes: number of labels that the model knows, or None.
+        model_source: folder or id with the tokenizer and the image statistics.
+
+    Raises:
+        DataError: missing, empty or broken data; labels out of range.
+    """
+    loaders = {"digits": _digits, "images": _images, "text": _text, "npz": _npz}
+    train, test, facts, length = loaders[section.kind](section, image_size, channels, model_source)
+    for name, split in (("training", train), ("test", test)):
+        if not split.size:
+            raise DataError(message(f"the {name} split is empty", fix=f"put samples into data.path = {section.path}"))
+        _check_labels(name, split.labels, classes)
+    calibration = _take(train, section.calibration_samples, section.seed)
+    test = _take(test, section.test_samples, section.seed)
+    fingerprint = {
+        "kind": section.kind,
+        "train": train.size,
+        "test": test.size,
+        "calibration": calibration.size,
+        **facts,
+    }
+    return Dataset(train, calibration, test, fingerprint, length)
+
+
+def _check_labels(name: str, labels: Tensor | None, classes: int | None) -> None:
+    if labels is None or classes is None:
+        return
+    bad = (labels < 0) | (labels >= classes)
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise DataError(
+            message(
+                f"{int(bad.sum())} {name} label(s) are out of range, the first at sample {index}",
+                expected=f"0 to {classes - 1}, for the model's {classes} classes",
+                found=str(int(labels[index])),
+                fix="use the model that these labels belong to, or set model.config.num_labels",
+            )
+        )
+
+
+def _take(samples: Samples, count: int, seed: int) -> Samples:
+    """At most `count` samples, drawn without replacement by `seed`, in ascending order."""
+    if count >= samples.size:
+        return samples
+    picked = torch.randperm(samples.size, generator=torch.Generator().manual_seed(seed))[:count].sort().values.tolist()
+    labels = None if samples.labels is None else samples.labels[picked]
+    return Samples(lambda index: samples.load([picked[i] for i in index]), labels, count)
+
+
+_Loaded = tuple[Samples, Samples, dict[str, Any], int | None]
+
+
+def _digits(section: DataSection, image_size: int | None, channels: int, _source: str | None) -> _Loaded:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, scaled to [-1, 1]; 1,200 for training, 597 for the test."""
+    from sklearn.datasets import load_digits
+
+    if (image_size, channels) != (8, 1):
+        raise DataError(
+            message(
+                "digits are 8 x 8 pixels with one channel",
+                found=f"a model for {image_size} pixels, {channels} channel(s)",
+            )
+        )
+    images, labels = load_digits(return_X_y=True)
+    pixels = torch.from_numpy(images.astype(np.float32) / 8.0 - 1.0).reshape(-1, 1, 8, 8)
+    targets = torch.from_numpy(labels.astype(np.int64))
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(section.seed))
+    parts = [_in_memory({"pixel_values": pixels[i]}, targets[i]) for i in (order[:1200], order[1200:])]
+    return parts[0], parts[1], {"seed": section.seed}, None
+
+
+def _in_memory(tensors: Mapping[str, Tensor], labels: Tensor | None) -> Samples:
+    size = len(next(iter(tensors.values())))
+    return Samples(lambda index: {name: t[list(index)] for name, t in tensors.items()}, labels, size)
+
+
+def _images(section: DataSection, image_size: int | None, channels: int, source: str | None) -> _Loaded:
+    """``train/CLASS/*`` and ``test/CLASS/*``; without class folders the images are unlabelled."""
+    if image_size is None:
+        raise DataError(message("this model takes no images", fix="use data.kind text or npz"))
+    root = _existing(section)
+    splits = {}
+    for split in ("train", "test"):
+        folder = root / split
+        if not folder.is_dir():
+            raise DataError(message(f"{folder}: no such folder", expected="train/ and test/ inside data.path"))
+        classes = sorted(d.name for d in folder.iterdir() if d.is_dir())
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise DataError(message(f"{folder}: no images", expected=f"files ending in {', '.join(IMAGE_SUFFIXES)}"))
+        names = [p.relative_to(folder).parts[0] for p in files]
+        labels = torch.tensor([classes.index(n) for n in names]) if classes else None
+        splits[split] = (files, labels, classes)
+    if splits["train"][2] != splits["test"][2]:
+        odd = sorted(set(splits["train"][2]) ^ set(splits["test"][2]))
+        raise DataError(message(f"{root}: train and test have different classes", found=", ".join(odd[:5])))
+    mean, std = _image_statistics(source, channels)
+    shape = (image_size, image_size)
+
+    def samples(split: str) -> Samples:
+        files, labels, _ = splits[split]
+        return Samples(
+            lambda index: {"pixel_values": _read_images([files[i] for i in index], shape, channels, mean, std)},
+            labels,
+            len(files),
+        )
+
+    facts = {"files": _digest_files([*splits["train"][0], *splits["test"][0]], root)}
+    return samples("train"), samples("test"), facts, None
+
+
+def _read_images(files: Sequence[Path], size: tuple[int, int], channels: int, mean: Tensor, std: Tensor) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+
+    pixels = []
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                converted = image.convert("RGB" if channels == 3 else "L").resize(size, Image.Resampling.BICUBIC)
+                pixels.append(torch.from_numpy(np.asarray(converted, dtype=np.float32) / 255.0))
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise DataError(
+                message(f"{path}: not a readable image", found=str(error), fix="remove or replace the file")
+            ) from error
+    stacked = torch.stack(pixels).reshape(len(pixels), size[1], size[0], channels).permute(0, 3, 1, 2)
+    return ((stacked - mean) / std).contiguous()
+
+
+def _image_statistics(source: str | None, channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and spread from the checkpoint's preprocessor_config.json; 0.5 where it has none."""
+    import json
+
+    mean, std = [0.5] * channels, [0.5] * channels
+    path = Path(source) / "preprocessor_config.json" if source else None
+    if path is not None and path.is_file():
+        document = json.loads(path.read_text())
+        mean, std = document.get("image_mean", mean), document.get("image_std", std)
+    return torch.tensor(mean).reshape(1, -1, 1, 1), torch.tensor(std).reshape(1, -1, 1, 1)
+
+
+def _text(section: DataSection, _size: int | None, _channels: int, source: str | None) -> _Loaded:
+    """One text a line; the last tenth (at least one) is the test split, so that it is never calibrated on."""
+    root = _existing(section)
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES)
+    lines: list[str] = []
+    for path in files:
+        try:
+            lines += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(message(f"{path}: not readable text", expected="UTF-8", found=str(error))) from error
+    if len(lines) < 2:
+        raise DataError(message(f"{root}: too little text", expected="at least 2 lines", found=f"{len(lines)}"))
+    tokenizer = _tokenizer(section.tokenizer or source)
+
+    def samples(texts: list[str]) -> Samples:
+        def load(index: Sequence[int]) -> Batch:
+            encoded = tokenizer(
+                [texts[i] for i in index],
+                padding="max_length",
+                truncation=True,
+                max_length=section.max_length,
+                return_tensors="pt",
+            )
+            return {
+                name: tensor
+                for name, tensor in encoded.items()
+                if name in ("input_ids", "attention_mask", "token_type_ids")
+            }
+
+        return Samples(load, None, len(texts))
+
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(section.seed)).tolist()
+    cut = len(lines) - max(1, len(lines) // 10)
+    facts = {"files": _digest_files(files, root if root.is_dir() else root.parent)}
+    return samples([lines[i] for i in order[:cut]]), samples([lines[i] for i in order[cut:]]), facts, section.max_length
+
+
+def _tokenizer(source: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    if source is None:
+        raise DataError(message("text needs a tokenizer", fix="set data.tokenizer to a folder or id"))
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            message(f"no tokenizer in {source!r}", found=reason, fix="set data.tokenizer to a folder or id")
+        ) from error
+
+
+def _npz(section: DataSection, _size: int | None, _channels: int, _source: str | None) -> _Loaded:
+    """Arrays ``train.<input>`` / ``test.<input>`` (and ``train.labels`` / ``test.labels``) of one .npz file."""
+    path = _existing(section)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(message(f"{path}: not a readable .npz file", found=str(error))) from error
+    splits = []
+    for split in ("train", "test"):
+        tensors = {
+            n.removeprefix(f"{split}."): torch.from_numpy(a) for n, a in arrays.items() if n.startswith(f"{split}.")
+        }
+        labels = tensors.pop("labels", None)
+        if not tensors:
+            raise DataError(
+                message(
+                    f"{path}: no arrays for {split}",
+                    expected=f"names like {split}.pixel_values",
+                    found=", ".join(arrays) or "nothing",
+                )
+            )
+        sizes = {name: len(t) for name, t in tensors.items()} | ({} if labels is None else {"labels": len(labels)})
+        if len(set(sizes.values())) != 1:
+            raise DataError(message(f"{path}: {split} arrays differ in their number of samples", found=str(sizes)))
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise DataError(message(f"{path}: {split}.{name} has NaN or infinite values", fix="clean the data"))
+        tensors = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+        splits.append(_in_memory(tensors, None if labels is None else labels.long()))
+    return splits[0], splits[1], {"files": _digest_files([path], path.parent)}, None
+
+
+def _existing(section: DataSection) -> Path:
+    path = Path(section.path or "").expanduser()
+    if not path.exists():
+        raise DataError(message(f"data.path {section.path!r} does not exist", fix="set it with --set data.path=..."))
+    return path
+
+
+def _digest_files(files: Sequence[Path], root: Path) -> str:
+    """sha256 over names, sizes and modification times: cheap for 60,000 images, and another set never matches."""
+    import hashlib
+
+    h = hashlib.sha256()
+    for path in files:
+        stat = path.stat()
+        h.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return h.hexdigest()

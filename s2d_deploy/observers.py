@@ -1,0 +1,247 @@
+"""From observed values to a scale and a zero point: absmax, percentile, MSE.
+
+Activations stream by; what is kept of a site is a `Histogram` of fixed size, so memory does not grow with the
+data, and every precision reads the same pass. Its bins are aligned to powers of two, therefore the histogram of a
+stream does not depend on how it was cut into batches. What is lost: a value is known to one bin, 1/16384 to
+1/8192 of the largest magnitude; the extremes are exact.
+
+Weights are at hand whole, so their scales are searched on the values themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from s2d_deploy.errors import DataError, PlanError, message
+from s2d_deploy.fake_quant import expand_parameter
+from s2d_deploy.grid import Grid, PerAxis, PerBlock, PerTensor
+
+Method = Literal["absmax", "percentile", "mse"]
+METHODS: tuple[Method, ...] = ("absmax", "percentile", "mse")
+HALF_BINS = 16384
+_RATIOS = torch.linspace(1.0, 0.02, 197, dtype=torch.float64)
+_WEIGHT_RATIOS = torch.linspace(1.0, 0.3, 71, dtype=torch.float64)
+
+
+class Histogram:
+    """Counts of a stream of values on ``[-limit, limit)``, `limit` a power of two.
+
+    Attributes:
+        counts: int64 ``(2 * HALF_BINS,)``.
+        limit: upper bound of the magnitudes; 0.0 before anything but zeros was seen.
+        low, high: exact extremes.
+        total: number of values.
+        power: float64 ``(4,)``, sums of x, x^2, x^3, x^4 (for spread and kurtosis).
+    """
+
+    def __init__(self) -> None:
+        self.counts = torch.zeros(2 * HALF_BINS, dtype=torch.int64)
+        self.limit = 0.0
+        self.low, self.high = math.inf, -math.inf
+        self.total = 0
+        self.power = torch.zeros(4, dtype=torch.float64)
+
+    def update(self, x: Tensor, name: str = "tensor") -> None:
+        """Add the values of `x` (any shape, floating point).
+
+        Raises:
+            DataError: NaN or infinite values; the message names `name`.
+        """
+        values = x.detach().reshape(-1).to(torch.float32)
+        if not values.numel():
+            return
+        low, high = (float(v) for v in torch.aminmax(values))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = int((~torch.isfinite(values)).sum())
+            raise DataError(
+                message(
+                    f"{name}: {bad} of {values.numel()} observed values are NaN or infinite",
+                    expected="finite activations",
+                    fix="check the calibration samples and the weights of the layers before it",
+                )
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        largest = max(-low, high)
+        if largest > 0:
+            # The upper edge is exclusive, so a magnitude that is itself a power of two needs the next one.
+            self._grow(2.0 ** (math.floor(math.log2(largest)) + 1))
+        width = (self.limit or 1.0) / HALF_BINS
+        index = torch.floor(values / width).to(torch.int64).add_(HALF_BINS).clamp_(0, 2 * HALF_BINS - 1)
+        self.counts += torch.bincount(index, minlength=2 * HALF_BINS)
+        self.total += values.numel()
+        exact = values.to(torch.float64)
+        self.power += torch.stack([(exact**p).sum() for p in (1, 2, 3, 4)])
+
+    def _grow(self, limit: float) -> None:
+        if self.limit == 0.0:
+            zeros = int(self.counts.sum())  # only zeros so far; they lie in the bin that starts at 0
+            self.counts.zero_()
+            self.counts[HALF_BINS] = zeros
+            self.limit = limit
+        while self.limit < limit:
+            quarter = HALF_BINS // 2
+            merged = self.counts.view(-1, 2).sum(dim=1)
+            self.counts = torch.zeros_like(self.counts)
+            self.counts[quarter : quarter + HALF_BINS] = merged
+            self.limit *= 2
+
+    @property
+    def absmax(self) -> float:
+        """Largest magnitude; 0.0 for an empty stream."""
+        return max(-self.low, self.high) if self.total else 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation."""
+        mean = float(self.power[0]) / max(self.total, 1)
+        return math.sqrt(max(float(self.power[1]) / max(self.total, 1) - mean * mean, 0.0))
+
+    @property
+    def kurtosis(self) -> float:
+        """Pearson's kurtosis (3 for a normal distribution); 0.0 for a constant."""
+        n = max(self.total, 1)
+        m, m2, m3, m4 = (float(p) / n for p in self.power)
+        variance = m2 - m * m
+        if variance <= 0:
+            return 0.0
+        return (m4 - 4 * m * m3 + 6 * m * m * m2 - 3 * m**4) / variance**2
+
+    def centers(self) -> Tensor:
+        """Bin centres, float64 ``(2 * HALF_BINS,)``."""
+        width = (self.limit or 1.0) / HALF_BINS
+        return (torch.arange(2 * HALF_BINS, dtype=torch.float64) - HALF_BINS + 0.5) * width
+
+    def percentile(self, percent: float) -> float:
+        """Smallest magnitude that at least `percent` of the magnitudes do not exceed, to one bin; at most absmax."""
+        width = (self.limit or 1.0) / HALF_BINS
+        magnitudes = self.counts[HALF_BINS:] + self.counts[:HALF_BINS].flip(0)
+        reached = torch.cumsum(magnitudes, 0) >= math.ceil(self.total * percent / 100.0)
+        return min((int(reached.to(torch.int8).argmax()) + 1) * width, self.absmax)
+
+
+def activation_parameters(
+    histogram: Histogram, grid: Grid, method: Method, percent: float = 99.99
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a per-tensor activation site.
+
+    Args:
+        histogram: what was observed.
+        grid: a per-tensor grid.
+        method: "absmax" covers everything; "percentile" covers `percent` of the magnitudes; "mse" minimizes the
+            expected squared error over 197 clipping ratios (Banner et al., arXiv 1810.05723, section 2, by search).
+
+    Returns:
+        float32 scalar scale, positive; int32 scalar zero point.
+
+    Raises:
+        DataError: nothing was observed.
+        PlanError: the grid is not per tensor.
+    """
+    if not isinstance(grid.granularity, PerTensor):
+        raise PlanError(message("a stored activation scale is per tensor", found=grid.granularity.kind))
+    if not histogram.total:
+        raise DataError(message("no activations were observed", fix="give at least one calibration sample"))
+    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    if grid.symmetric and grid.signed:
+        low, high = -histogram.absmax, histogram.absmax
+    elif grid.symmetric and low < 0:
+        raise PlanError(message("an unsigned symmetric grid needs non-negative values", found=f"minimum {low:.4g}"))
+    if high == low:
+        return torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
+    ratio = 1.0
+    if method == "percentile":
+        ratio = max(histogram.percentile(percent), 1e-12) / histogram.absmax
+    elif method == "mse":
+        ratio = _best_ratio(histogram, grid, low, high)
+    return _parameters(grid, low * ratio, high * ratio)
+
+
+def _parameters(grid: Grid, low: float, high: float) -> tuple[Tensor, Tensor]:
+    if grid.symmetric:
+        divisor = -grid.qmin if grid.signed and grid.scale_rule == "qmin" else grid.qmax
+        scale = torch.tensor(max(-low, high) / divisor, dtype=torch.float32)
+        zero_point = 0
+    else:
+        scale = torch.tensor((high - low) / (grid.qmax - grid.qmin), dtype=torch.float32)
+        zero_point = min(max(round(grid.qmin - low / float(scale)), grid.qmin), grid.qmax) if scale > 0 else 0
+    if not scale > torch.finfo(torch.float32).tiny:  # a denormal scale would divide to infinity
+        return torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
+    return scale, torch.tensor(zero_point, dtype=torch.int32)
+
+
+def _best_ratio(histogram: Histogram, grid: Grid, low: float, high: float) -> float:
+    filled = histogram.counts > 0
+    centers = histogram.centers()[filled].clamp(histogram.low, histogram.high)
+    weight = histogram.counts[filled].to(torch.float64)
+    best, best_error = 1.0, math.inf
+    for ratio in _RATIOS.tolist():
+        scale, zero_point = (float(p) for p in _parameters(grid, low * ratio, high * ratio))
+        code = (torch.round(centers / scale) + zero_point).clamp(grid.qmin, grid.qmax)
+        error = float((weight * ((code - zero_point) * scale - centers) ** 2).sum())
+        if error < best_error:
+            best, best_error = ratio, error
+    return best
+
+
+def weight_parameters(weight: Tensor, grid: Grid, method: Method, percent: float = 99.99) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of a weight.
+
+    Args:
+        weight: float, ``(N, K)`` or ``(O, I, kh, kw)``.
+        grid: symmetric; per tensor, per axis or per block.
+        method: as in `activation_parameters`, but on the values themselves (MSE: 71 ratios from 1 to 0.3).
+
+    Returns:
+        float32 scales of ``grid.scale_shape(weight.shape)``, 1 for an all-zero group; int32 zeros of that shape.
+
+    Raises:
+        PlanError: an affine grid, or a block size that does not divide the width.
+        DataError: NaN or infinite weights.
+    """
+    if not grid.symmetric:
+        raise PlanError(message("weights are quantized symmetrically", fix="set symmetric=True for weights"))
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise DataError(message(f"{bad} weights are NaN or infinite", fix="use a sound checkpoint"))
+    shape = grid.scale_shape(tuple(weight.shape))
+    w = weight.detach().to(torch.float32)
+    divisor = -grid.qmin if grid.scale_rule == "qmin" else grid.qmax
+    if method == "percentile":
+        limit = _reduce(w.abs(), grid, lambda groups: torch.quantile(groups, percent / 100.0, dim=1))
+    else:
+        limit = _reduce(w.abs(), grid, lambda groups: groups.amax(dim=1))
+    scale = _usable((limit / divisor).reshape(shape))
+    if method == "mse":
+        best_error = torch.full(shape, math.inf)
+        best = scale.clone()
+        for ratio in _WEIGHT_RATIOS.to(torch.float32).tolist():
+            candidate = _usable(scale * ratio)
+            s = expand_parameter(candidate, w, grid)
+            squared = (torch.round(w / s).clamp_(grid.qmin, grid.qmax).mul_(s) - w).square_()
+            error = _reduce(squared, grid, lambda groups: groups.sum(dim=1)).reshape(shape)
+            better = error < best_error
+            best, best_error = torch.where(better, candidate, best), torch.where(better, error, best_error)
+        scale = best
+    return scale, torch.zeros(shape, dtype=torch.int32)
+
+
+def _usable(scale: Tensor) -> Tensor:
+    """1 where a scale is zero or denormal: such a group quantizes to zeros, and dividing by it would overflow."""
+    return torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+
+
+def _reduce(x: Tensor, grid: Grid, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply `reduce` to ``(groups, members)``; groups in the order of the flattened scale tensor."""
+    g = grid.granularity
+    if isinstance(g, PerAxis):
+        return reduce(x.movedim(g.axis, 0).flatten(1))
+    if isinstance(g, PerBlock):
+        axis = g.axis % x.dim()
+        blocks = x.reshape(*x.shape[:axis], x.shape[axis] // g.size, g.size, *x.shape[axis + 1 :])
+        return reduce(blocks.movedim(axis + 1, -1).reshape(-1, g.size))
+    return reduce(x.reshape(1, -1))

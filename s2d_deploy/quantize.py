@@ -1,0 +1,185 @@
+"""Calibrated statistics -> Plan: round to nearest with the chosen range setting.
+
+Grids by precision stand in docs/architecture.md, section 3. This is the baseline recipe; every later pass
+(smoothing, rotation, GPTQ, ...) edits the Plan that it makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from s2d_deploy.calibrate import Calibration
+from s2d_deploy.errors import DataError, ModelError, PlanError, RecipeError, message
+from s2d_deploy.grid import Granularity, Grid, PerAxis, PerBlock, PerTensor, PerToken
+from s2d_deploy.observers import Method, activation_parameters, weight_parameters
+from s2d_deploy.plan import Op, Plan, Role, Site
+from s2d_deploy.precision import Precision, parse_precision
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeConfig:
+    """How ranges are set and which ops are quantized.
+
+    Attributes:
+        weights, activations: range method of each.
+        percentile: for the "percentile" method, in percent.
+        activation_granularity: one stored scale ("tensor"), or one for each token at run time ("token").
+        activation_symmetric: False gives activations a zero point (no TensorRT).
+        block_size: of weight-only precisions, along K.
+        attention: quantize attention's two products as well.
+        skip: op name patterns (fnmatch) that stay float.
+        overrides: op name pattern -> precision; the first that matches wins.
+    """
+
+    weights: Method = "mse"
+    activations: Method = "mse"
+    percentile: float = 99.99
+    activation_granularity: Literal["tensor", "token"] = "tensor"
+    activation_symmetric: bool = True
+    block_size: int = 32
+    attention: bool = True
+    skip: tuple[str, ...] = ()
+    overrides: Mapping[str, str] = field(default_factory=dict)
+
+
+def build_plan(
+    model: nn.Module,
+    ops: Mapping[str, Op],
+    calibration: Calibration,
+    precision: str,
+    config: QuantizeConfig = QuantizeConfig(),
+) -> Plan:
+    """Quantize every selected op of `model` to `precision`.
+
+    Raises:
+        RecipeError: a pattern in skip or overrides matches no op.
+        PlanError: block sizes that do not divide (every layer is listed), or a grid that does not fit.
+        ModelError: NaN or infinite weights, by layer.
+        DataError: a site without calibration statistics.
+    """
+    wanted = parse_precision(precision)
+    plan = Plan(
+        wanted.name,
+        dict(ops),
+        info={
+            "weights": config.weights,
+            "activations": config.activations,
+            "activation_granularity": config.activation_granularity,
+            "calibration_samples": calibration.samples,
+        },
+    )
+    _check_patterns(ops, config)
+    chosen = {name: _precision_of(op, wanted, config) for name, op in ops.items()}
+    modules = dict(model.named_modules())
+    _check_blocks(ops, chosen, modules, config)
+    for name, op in ops.items():
+        p = chosen[name]
+        for site, role in op.sites:
+            if role == "weight":
+                if p.weights < 16 and not (op.kind == "conv" and p.activations == 16):
+                    plan.add(_weight_site(site, op, modules[name].weight, p, config))
+            elif p.activations < 16:
+                plan.add(_activation_site(site, op, role, calibration, p, config))
+    return plan
+
+
+def _precision_of(op: Op, wanted: Precision, config: QuantizeConfig) -> Precision:
+    if wanted.name == "fp32" or any(fnmatchcase(op.name, pattern) for pattern in config.skip):
+        return Precision("fp32", 16, 16)
+    if op.kind in ("scores", "context") and not config.attention:
+        return Precision("fp32", 16, 16)
+    for pattern, name in config.overrides.items():
+        if fnmatchcase(op.name, pattern):
+            override = parse_precision(name, f"quantize.overrides[{pattern!r}]")
+            # "at least": an override that keeps a layer at 8 bits must not quantize activations that
+            # a weight-only precision leaves in float.
+            return Precision(
+                override.name,
+                max(override.weights, wanted.weights),
+                max(override.activations, wanted.activations),
+            )
+    return wanted
+
+
+def _check_patterns(ops: Mapping[str, Op], config: QuantizeConfig) -> None:
+    for key, patterns in (("skip", config.skip), ("overrides", tuple(config.overrides))):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in ops):
+                raise RecipeError(
+                    message(
+                        f"quantize.{key}: {pattern!r} matches no layer",
+                        expected=f"a pattern for one of {len(ops)} ops such as {', '.join(list(ops)[:3])}",
+                        fix="see `s2d-deploy diagnose` for the names",
+                    )
+                )
+
+
+def _check_blocks(
+    ops: Mapping[str, Op], chosen: Mapping[str, Precision], modules: Mapping[str, nn.Module], config: QuantizeConfig
+) -> None:
+    """Every layer whose width the block size does not divide, at once, before any work."""
+    bad = [
+        f"{name} (K = {op.k})"
+        for name, op in ops.items()
+        if name in modules and _blocked(op, chosen[name]) and op.k % config.block_size
+    ]
+    if bad:
+        raise PlanError(
+            message(
+                f"width not divisible by the block size in {len(bad)} layer(s): {', '.join(bad)}",
+                expected=f"a multiple of quantize.block_size = {config.block_size}",
+                fix="set quantize.block_size to a common divisor, or name the layers in quantize.skip",
+            )
+        )
+
+
+def _blocked(op: Op, precision: Precision) -> bool:
+    return op.kind == "linear" and precision.weights < 8 and precision.activations == 16
+
+
+def _weight_site(site: str, op: Op, weight: Tensor, precision: Precision, config: QuantizeConfig) -> Site:
+    granularity: Granularity = PerBlock(1, config.block_size) if _blocked(op, precision) else PerAxis(0)
+    # Narrow 8-bit codes: negation stays on the grid, and an accumulator is at most K * 127 * 128.
+    grid = Grid(precision.weights, narrow=precision.weights == 8, granularity=granularity)
+    try:
+        scale, zero_point = weight_parameters(weight, grid, config.weights, config.percentile)
+    except DataError as error:
+        raise ModelError(f"layer {op.name!r}: {error}") from error
+    return Site(site, op.name, "weight", grid, scale, zero_point, f"rtn-{config.weights}")
+
+
+def _activation_site(
+    site: str, op: Op, role: Role, calibration: Calibration, precision: Precision, config: QuantizeConfig
+) -> Site:
+    if config.activation_granularity == "token" and op.kind == "linear":
+        return Site(
+            site,
+            op.name,
+            role,
+            Grid(precision.activations, granularity=PerToken()),
+            torch.empty(0),
+            torch.empty(0, dtype=torch.int32),
+            "per-token",
+        )
+    histogram = calibration.histograms.get(site)
+    if histogram is None:
+        raise DataError(
+            message(
+                f"site {site!r} has no calibration statistics",
+                fix="calibrate this model again; the statistics are older",
+            )
+        )
+    grid = Grid(
+        precision.activations,
+        signed=role != "probs",
+        symmetric=role == "probs" or config.activation_symmetric,
+        granularity=PerTensor(),
+    )
+    scale, zero_point = activation_parameters(histogram, grid, config.activations, config.percentile)
+    return Site(site, op.name, role, grid, scale, zero_point, f"rtn-{config.activations}")

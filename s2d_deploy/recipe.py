@@ -1,0 +1,352 @@
+"""Recipes: what a user writes in YAML, checked before any work.
+
+The models below are the schema (`s2d-deploy schema` prints it as JSON schema). Unknown keys are errors with a
+suggestion. Flags override the file (``--set quantize.block_size=16``); the resolved recipe is saved with every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from s2d_deploy.errors import RecipeError, message
+from s2d_deploy.precision import BASELINE, STANDARD, parse_precision
+from s2d_deploy.registry import TARGETS, check_target
+
+RangeMethod = Literal["absmax", "percentile", "mse"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelSection(_Section):
+    """Where the float model comes from: exactly one of `config`, `pretrained`, `factory`."""
+
+    config: dict[str, Any] | None = Field(
+        None, description="build an untrained transformers model: model_type and its fields"
+    )
+    pretrained: str | None = Field(None, description="a folder written by save_pretrained, or a hub id")
+    factory: str | None = Field(None, description="package.module:function that returns a torch.nn.Module")
+    factory_arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the factory")
+    weights: str | None = Field(None, description="a .safetensors state dict for the factory's model")
+    task: Literal["image-classification", "embedding"] = Field(
+        "image-classification", description="what the outputs mean"
+    )
+    output: str | None = Field(
+        None, description="output that is exported; default: logits, or last_hidden_state for embedding"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        given = [k for k in ("config", "pretrained", "factory") if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of config, pretrained, factory; found {', '.join(given) or 'none'}")
+        return self
+
+
+class DataSection(_Section):
+    """Samples for training, calibration and evaluation."""
+
+    kind: Literal["digits", "images", "text", "npz"] = Field(
+        description="digits (scikit-learn), image folders, text, npz"
+    )
+    path: str | None = Field(
+        None, description="images: folder with train/CLASS/* and test/CLASS/*; text: file or folder; npz: file"
+    )
+    calibration_samples: int = Field(256, ge=1, description="taken from the training split")
+    test_samples: int = Field(1000, ge=1, description="at most this many of the test split")
+    batch_size: int = Field(32, ge=1)
+    max_length: int = Field(64, ge=1, description="text: tokens in a sample, padded")
+    tokenizer: str | None = Field(None, description="text: folder or id; default: the model's own")
+    seed: int = 0
+
+
+class TrainSection(_Section):
+    """Training from scratch, for a model built from `model.config`."""
+
+    epochs: int = Field(30, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    batch_size: int = Field(64, ge=1)
+    seed: int = 0
+
+
+class ConditionSection(_Section):
+    """Selective Spectral Decay (arXiv 2602.14432)."""
+
+    method: Literal["s2d", "none"] = "s2d"
+    objective: Literal["task", "distill"] = Field("task", description="task loss, or label-free self-distillation")
+    application: Literal["coupled", "decoupled"] = Field(
+        "decoupled", description="through the gradient, or AdamW-style"
+    )
+    steps: int = Field(300, ge=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: int = Field(20, ge=0)
+    batch_size: int = Field(32, ge=1)
+    n: int = Field(2, ge=1, le=8)
+    weight_decay: float = Field(5e-4, ge=0, description="lambda of the penalty")
+    decoupled_factor: float = Field(1.0, gt=0, description="multiplies lambda for the decoupled application")
+    tau: float = Field(0.95, gt=0, le=1)
+    k_max: int = Field(3, ge=1, le=64)
+    refresh_every: int = Field(100, ge=1)
+    seed: int = 0
+
+
+class QuantizeSection(_Section):
+    """Ranges and layers."""
+
+    precisions: tuple[str, ...] = Field(STANDARD, min_length=1)
+    weights: RangeMethod = "mse"
+    activations: RangeMethod = "mse"
+    percentile: float = Field(99.99, gt=50, le=100)
+    activation_granularity: Literal["tensor", "token"] = "tensor"
+    activation_symmetric: bool = True
+    block_size: int = Field(32, ge=2)
+    attention: bool = True
+    skip: tuple[str, ...] = ()
+    overrides: dict[str, str] = Field(default_factory=dict, description="layer pattern -> precision it keeps at least")
+
+    @field_validator("precisions")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(parse_precision(n, "quantize.precisions").name for n in names if n != BASELINE))
+
+    @field_validator("overrides")
+    @classmethod
+    def _known_overrides(cls, overrides: dict[str, str]) -> dict[str, str]:
+        return {k: parse_precision(v, f"quantize.overrides[{k!r}]").name for k, v in overrides.items()}
+
+
+class TargetSection(_Section):
+    """One runtime to build for."""
+
+    name: str
+    required: bool = Field(False, description="a runtime or device that is missing here fails the run (exit code 3)")
+    options: dict[str, Any] = Field(default_factory=dict, description="see `s2d-deploy build --help`")
+
+    @field_validator("name")
+    @classmethod
+    def _registered(cls, name: str) -> str:
+        check_target(name)
+        return name
+
+
+class VerifySection(_Section):
+    """Parity between the simulation and the runtime."""
+
+    samples: int = Field(16, ge=1, description="samples for teacher-forced accumulators and code comparison")
+    batch_size: int = Field(16, ge=1)
+
+
+class BenchSection(_Section):
+    """Latency."""
+
+    threads: int = Field(2, ge=1)
+    batch_size: int = Field(1, ge=1)
+    warmup: int = Field(5, ge=0)
+    min_samples: int = Field(30, ge=3)
+    min_seconds: float = Field(0.5, ge=0)
+    max_seconds: float = Field(20.0, gt=0)
+
+
+class GateSection(_Section):
+    """Limits; a key left out makes no gate. A mapping gives a limit for each precision."""
+
+    accuracy_drop: float | dict[str, float] | None = Field(
+        None, description="float minus measured, in points or cosine x 100"
+    )
+    simulation_gap: float | dict[str, float] | None = Field(
+        None, description="|simulated - measured|, in the same unit"
+    )
+    accumulators_different: int | dict[str, int] | None = Field(0, description="teacher-forced differences")
+    code_flip_share: float | dict[str, float] | None = Field(None, description="share of codes that differ end to end")
+    executed: float | dict[str, float] | None = Field(
+        None, description="least share of declared integer MACs that ran on integers"
+    )
+    latency_ratio: float | dict[str, float] | None = Field(
+        None, description="p50 over the float p50 of the same runtime"
+    )
+    size_ratio: float | dict[str, float] | None = Field(None, description="weight bytes over FP32 weight bytes")
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    model: ModelSection
+    data: DataSection
+    train: TrainSection | None = None
+    condition: ConditionSection = ConditionSection()
+    quantize: QuantizeSection = QuantizeSection()
+    targets: tuple[TargetSection, ...]
+    verify: VerifySection = VerifySection()
+    bench: BenchSection = BenchSection()
+    gates: GateSection = GateSection()
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _short_form(cls, targets: Any) -> Any:
+        """``[ort, tvm]`` is short for ``[{name: ort}, {name: tvm}]``."""
+        return (
+            [{"name": t} if isinstance(t, str) else t for t in targets]
+            if isinstance(targets, list | tuple)
+            else targets
+        )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.train is not None and self.model.config is None:
+            raise ValueError("train: only a model built from model.config is trained from scratch")
+        if self.model.config is not None and self.train is None:
+            raise ValueError("model.config builds an untrained model: add a train section")
+        names = [t.name for t in self.targets]
+        if not names:
+            raise ValueError("targets: list at least one, e.g. [ort]")
+        if len(set(names)) != len(names):
+            raise ValueError(f"targets: listed twice: {sorted({n for n in names if names.count(n) > 1})}")
+        if self.data.kind != "digits" and self.data.path is None:
+            raise ValueError(f"data.path is needed for data.kind = {self.data.kind}")
+        if self.data.kind == "text" and self.condition.method == "s2d" and self.condition.objective == "task":
+            raise ValueError("condition.objective: text has no labels here; use distill")
+        return self
+
+    def document(self) -> dict[str, Any]:
+        """The resolved recipe as a JSON document."""
+        return self.model_dump(mode="json")
+
+
+def embedded_recipes() -> dict[str, str]:
+    """Names of the recipes that come with the package, with their descriptions."""
+    folder = resources.files("s2d_deploy") / "recipes"
+    found = {}
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".yaml"):
+            found[entry.name.removesuffix(".yaml")] = str(yaml.safe_load(entry.read_text()).get("description", ""))
+    return found
+
+
+def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: a path to a YAML file, or the name of an embedded recipe.
+        overrides: ``key.path=value`` assignments, values in YAML.
+
+    Raises:
+        RecipeError: not found, not YAML, an unknown key (with a suggestion) or a bad value; all offenders at once.
+    """
+    path = Path(source)
+    if path.is_file():
+        text, origin = _read(path), str(path)
+    elif source in embedded_recipes():
+        text, origin = (resources.files("s2d_deploy") / "recipes" / f"{source}.yaml").read_text(), source
+    else:
+        known = list(embedded_recipes())
+        close = get_close_matches(source, known, n=1)
+        raise RecipeError(
+            message(
+                f"no recipe {source!r}",
+                expected=f"a YAML file, or one of {', '.join(known)}",
+                fix=f"did you mean {close[0]!r}?" if close else "give the path of a recipe",
+            )
+        )
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(message(f"{origin}: not YAML", found=" ".join(str(error).split()))) from error
+    if not isinstance(document, dict):
+        raise RecipeError(
+            message(f"{origin}: not a recipe", expected="a mapping of sections", found=type(document).__name__)
+        )
+    for assignment in overrides:
+        _assign(document, assignment)
+    return parse_recipe(document, origin)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(message(f"{path}: cannot be read", found=str(error), expected="UTF-8 text")) from error
+
+
+def parse_recipe(document: Mapping[str, Any], origin: str = "recipe") -> Recipe:
+    """A checked recipe from a document.
+
+    Raises:
+        RecipeError: every unknown key and bad value, each with its dotted path.
+    """
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors(include_url=False)]
+        raise RecipeError(f"{origin}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from error
+    except RecursionError as error:
+        raise RecipeError(message(f"{origin}: nested too deeply to be a recipe")) from error
+
+
+def _assign(document: dict[str, Any], assignment: str) -> None:
+    key, separator, text = assignment.partition("=")
+    if not separator or not key.strip():
+        raise RecipeError(
+            message(f"--set {assignment!r}", expected="key.path=value", fix="e.g. --set quantize.block_size=16")
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(message(f"--set {assignment!r}: the value is not YAML")) from error
+    target: Any = document
+    *parents, leaf = key.strip().split(".")
+    for part in parents:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise RecipeError(message(f"--set {assignment!r}: {part!r} is not a section"))
+    target[leaf] = value
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("function-", "float", "dict[", "int")))
+    if error["type"] == "extra_forbidden":
+        section = _section_at(error["loc"][:-1])
+        known = sorted(section.model_fields) if section else []
+        close = get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        return message(
+            f"unknown key {path!r}",
+            expected=f"one of {', '.join(known)}" if known else None,
+            fix=f"did you mean {close[0]!r}?" if close else "remove it",
+        )
+    if isinstance((error.get("ctx") or {}).get("error"), Exception):
+        text = str(error["ctx"]["error"])
+        return text if not path or text.startswith(path.split(".")[0]) else f"{path}: {text}"
+    found = error.get("input")
+    shown = None if error["type"] == "missing" else repr(found)[:80]
+    return message(f"key {path!r}: {error['msg'][0].lower()}{error['msg'][1:]}", found=shown)
+
+
+def _section_at(location: Sequence[Any]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = Recipe
+    for part in location:
+        if isinstance(part, int):
+            section = TargetSection
+            continue
+        info = section.model_fields.get(str(part)) if section else None
+        kinds = [] if info is None else [info.annotation, *getattr(info.annotation, "__args__", ())]
+        nested = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        section = nested[0] if nested else None
+    return section
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe (draft 2020-12)."""
+    document = Recipe.model_json_schema()
+    document["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    document["$defs"]["TargetSection"]["properties"]["name"]["enum"] = sorted(TARGETS)
+    return document
