@@ -285,18 +285,21 @@ def ratio(a: LatencyStats, b: LatencyStats, *, resamples: int = 2000, seed: int 
     if min(b.samples_ns) <= 0:
         raise ValueError(message(f"{b.name!r} has a sample of 0 ns", fix="time a longer call, or use a finer clock"))
     ratios = np.asarray(a.samples_ns, dtype=np.float64) / np.asarray(b.samples_ns, dtype=np.float64)
-    medians = np.median(ratios[_block_indices(len(ratios), resamples, seed)], axis=1)
-    lo, hi = np.quantile(medians, [0.025, 0.975])
+    lo, hi = np.quantile(_bootstrap_medians(ratios, resamples, seed), [0.025, 0.975])
     return Ratio(float(np.median(ratios)), float(lo), float(hi))
 
 
-def _block_indices(n: int, resamples: int, seed: int) -> npt.NDArray[np.intp]:
-    """Indices of shape (resamples, n): runs of consecutive rounds, wrapped around the end."""
+def _bootstrap_medians(x: npt.NDArray[np.float64], resamples: int, seed: int) -> npt.NDArray[np.float64]:
+    """Medians of `resamples` samples made of runs of consecutive elements of `x`, wrapped around its end."""
+    n = len(x)
     length = int(np.ceil(n ** (1 / 3)))
-    blocks = -(-n // length)
-    starts = np.random.default_rng(seed).integers(0, n, size=(resamples, blocks, 1))
-    indices = (starts + np.arange(length)).reshape(resamples, blocks * length) % n
-    return np.asarray(indices[:, :n], dtype=np.intp)
+    starts = np.random.default_rng(seed).integers(0, n, size=(resamples, -(-n // length), 1))
+    medians = np.empty(resamples)
+    step = max(1, 2_000_000 // n)  # so many resamples at once that memory stays below 100 MB
+    for i in range(0, resamples, step):
+        indices = (starts[i : i + step] + np.arange(length)) % n
+        medians[i : i + step] = np.median(x[indices.reshape(len(indices), -1)[:, :n]], axis=1)
+    return medians
 
 
 def _is_settled(samples: Sequence[int], window: int) -> bool:

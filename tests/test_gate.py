@@ -306,7 +306,7 @@ def test_fail_outranks_undecided():
     ("document", "words"),
     [
         ({"acuracy_drop": 0.1}, "unknown key gates.acuracy_drop. Expected: one of accuracy_drop"),
-        ({"acuracy_drop": 0.1}, "Fix: did you mean 'accuracy_drop'?."),
+        ({"acuracy_drop": 0.1}, "Fix: did you mean 'accuracy_drop'?"),
         ({"latency_ratio": -1}, "gates.latency_ratio: -1"),
         ({"executed": 1.5, "size_ratio": "small"}, "gates.executed: 1.5, gates.size_ratio: 'small'"),
         ({"simulation_gap": float("nan")}, "gates.simulation_gap: nan"),
