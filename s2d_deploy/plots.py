@@ -149,10 +149,10 @@ def tradeoff(results: Labelled) -> Markup | None:
     y = svg.spanning([p[1] for p in points], bottom - 8, 14)
     front = pareto([(t, v) for t, v, _, _ in points], upward)
     marks = [
-        *(svg.line(x(t), 8, x(t), bottom, "grid") for t in x.ticks()),
-        *(svg.text(x(t), bottom + 13, fmt.number(t, 3), "tick", "middle") for t in x.ticks()),
+        *(svg.line(x(t), 8, x(t), bottom, "grid") for t in x.ticks(7)),
+        *(svg.text(x(t), bottom + 13, fmt.trimmed(t), "tick", "middle") for t in x.ticks(7)),
         *(svg.line(left, y(v), width - 14, y(v), "grid") for v in y.ticks()),
-        *(svg.text(left - 6, y(v), fmt.number(v, 4), "tick", "end") for v in y.ticks()),
+        *(svg.text(left - 6, y(v), fmt.trimmed(v), "tick", "end") for v in y.ticks()),
         svg.text((left + width) / 2, bottom + 32, "p50, milliseconds for one batch", "caption", "middle"),
         svg.path(_stairs([(x(t), y(v)) for t, v in front]), "front"),
     ]

@@ -61,12 +61,12 @@ def _panel(layer: ConditionedLayer) -> Markup:
         ("after", _curve(layer.after.singular_values if layer.after else [])),
     ]
     points = [p for _, curve in series for p in curve]
-    x = svg.Scale(1, max(max((i for i, _ in points), default=2), 2), left + 6, width - 8, log=True)
+    x = svg.Scale(1, max(max((i for i, _ in points), default=2), 2), left + 6, width - 14, log=True)
     y = svg.spanning([v for _, v in points], bottom - 6, 10, log=True)
     marks = [
         *(svg.line(left, y(v), width, y(v), "grid") for v in y.ticks(4)),
-        *(svg.text(left - 5, y(v), fmt.number(v, 2), "tick", "end") for v in y.ticks(4)),
-        *(svg.text(x(i), bottom + 10, fmt.number(i, 3), "tick", "middle") for i in x.ticks(4)),
+        *(svg.text(left - 5, y(v), fmt.trimmed(v, 2), "tick", "end") for v in y.ticks(4)),
+        *(svg.text(x(i), bottom + 10, fmt.trimmed(i, 3), "tick", "middle") for i in x.ticks(4)),
         svg.text((left + width) / 2, bottom + 25, "index of the singular value", "caption", "middle"),
     ]
     for name, curve in series:
@@ -123,8 +123,8 @@ def pcdr_by_layer(layers: Sequence[ConditionedLayer], tau: float | None) -> Mark
         return None
     if tau is not None and 0 <= tau <= 1:
         top = plot.scale(tau)
-        plot.add(svg.line(top, 2, top, 6 + len(kept) * plot.row, "threshold", f"tau = {fmt.number(tau)}"))
-    note = _shown(kept, rows, "layers") + (f" The dashed line is tau = {fmt.number(tau)}." if tau is not None else "")
+        plot.add(svg.line(top, 2, top, 6 + len(kept) * plot.row, "threshold", f"tau = {fmt.trimmed(tau)}"))
+    note = _shown(kept, rows, "layers") + (f" The dashed line is tau = {fmt.trimmed(tau)}." if tau is not None else "")
     return figure("PCDR by layer", plot.render("PCDR by layer before and after conditioning"), note=note, key=_key())
 
 

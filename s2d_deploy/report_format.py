@@ -26,18 +26,37 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:,.{min(decimals, max(digits, 2 - magnitude))}f}"
 
 
+def trimmed(value: float | None, digits: int = 4) -> str:
+    """As `number`, without trailing zeros: for limits and axis labels, e.g. ``0.005``, ``20``."""
+    shown = number(value, digits)
+    return shown.rstrip("0").rstrip(".") if "." in shown and "e" not in shown else shown
+
+
 def signed(value: float | None, digits: int = 3) -> str:
     """A difference with its sign, e.g. ``+0.0021``, ``−0.0083``; an exact zero is ``±0``."""
     if value is None or not math.isfinite(value):
         return MISSING
     if value == 0:
         return "±0"
-    return ("+" if value > 0 else "\N{MINUS SIGN}") + number(abs(value), digits)
+    fixed = f"{abs(value):.4f}"
+    # Four decimals, as the metrics stand beside it, unless they would show nothing or too much.
+    shown = fixed if 0.00005 <= abs(value) < 10 else number(abs(value), digits)
+    return ("+" if value > 0 else "\N{MINUS SIGN}") + shown
 
 
 def count(value: int | None) -> str:
     """A count with thousands separators."""
     return MISSING if value is None else f"{value:,}"
+
+
+def short_count(value: int | None) -> str:
+    """A count for a small place, e.g. ``4.81 M``."""
+    if value is None or abs(value) < 10_000:
+        return count(value)
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= factor:
+            return f"{number(value / factor, 3)} {unit}"
+    return count(value)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -93,8 +112,7 @@ def anything(value: Any) -> str:
     if isinstance(value, int):
         return count(value)
     if isinstance(value, float):
-        shown = number(value)
-        return shown.rstrip("0").rstrip(".") if "." in shown and "e" not in shown else shown
+        return trimmed(value)
     if isinstance(value, str):
         return value or MISSING
     if isinstance(value, list):

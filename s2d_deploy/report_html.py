@@ -157,6 +157,9 @@ def _results(results: Sequence[Result]) -> Markup | None:
         "Measured: it ran on the device named. Built: compiled and inspected, no such device here. "
         f"{fmt.MISSING} stands for a figure that was not measured."
     )
+    metrics = tables.metrics(results)
+    if len(metrics) == 1:
+        note = f"Metric: {metrics[0]}. {note}"
     return join([_controls("results", *choices), tables.results_table(results), tag("p", note, class_="note")])
 
 
@@ -227,6 +230,8 @@ def _tau(report: Report) -> float | None:
 
 def _layers(report: Report, labelled: plots.Labelled) -> Markup | None:
     audited = [(label, r) for label, r in labelled if r.audit and r.audit.ops]
+    # The narrowest first: what it executes is what one comes here to see.
+    audited.sort(key=lambda pair: -words.width_rank(pair[1].precision))
     found = tables.layers_table(report, audited)
     if found is None:
         return None

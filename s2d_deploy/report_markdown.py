@@ -81,10 +81,10 @@ def _results(report: Report) -> list[str]:
         lines += ["", f"Metric: {cell(', '.join(names))}{on}. *built*: compiled and inspected, not run here."]
     missing = [r for r in words.in_order(report.results) if r.status != "measured"]
     if missing:
-        lines += [
-            "",
-            *(f"- {cell(words.where(r))}, {r.status}: {cell(r.reason or 'no reason given')}" for r in missing),
-        ]
+        alike: dict[tuple[str, str], list[str]] = {}
+        for r in missing:
+            alike.setdefault((r.status, r.reason or "no reason given"), []).append(words.where(r))
+        lines += ["", *(f"- {cell(', '.join(who))}: {status}, {cell(why)}" for (status, why), who in alike.items())]
     return lines
 
 

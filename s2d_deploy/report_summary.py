@@ -54,8 +54,12 @@ def in_order(results: Iterable[Result]) -> list[Result]:
     """Results by target (in the order of the document), then by precision, widest first."""
     listed = list(results)
     targets = list(dict.fromkeys(r.target for r in listed))
-    known = {name: i for i, name in enumerate(PRECISIONS)}
-    return sorted(listed, key=lambda r: (targets.index(r.target), known.get(r.precision, len(known)), r.precision))
+    return sorted(listed, key=lambda r: (targets.index(r.target), width_rank(r.precision), r.precision))
+
+
+def width_rank(precision: str) -> int:
+    """The place of a precision from wide to narrow; unknown ones come last."""
+    return PRECISIONS.index(precision) if precision in PRECISIONS else len(PRECISIONS)
 
 
 def drop(result: Result) -> float | None:
@@ -108,7 +112,8 @@ def figures(report: Report) -> list[Figure]:
     found: list[Figure | None] = []
     if report.gates:
         passed = sum(g.verdict == "pass" for g in report.gates)
-        found.append(Figure("Gates passed", f"{passed} / {len(report.gates)}", headline(report).rstrip(".")))
+        rest = [f"{n} {v}" for v in ("fail", "undecided") if (n := sum(g.verdict == v for g in report.gates))]
+        found.append(Figure("Gates passed", f"{passed} / {len(report.gates)}", ", ".join(rest) or "none open"))
     found.append(
         _best(
             measured,

@@ -87,28 +87,34 @@ def results_table(results: Sequence[Result]) -> Markup:
         Column("Weights", True, "bytes of the quantized weights over their FP32 bytes"),
         Column("Size", True, "bytes on disk of the artifact"),
     ]
-    return table("results", "Results by target and precision", columns, (_result_row(r) for r in results))
+    one = len(metrics(results)) <= 1
+    return table(
+        "results", "Results by target and precision", columns, (_result_row(r, one_metric=one) for r in results)
+    )
 
 
-def _result_row(r: Result) -> Markup:
+def _result_row(r: Result, *, one_metric: bool) -> Markup:
     m, p, t = r.metric, r.parity, r.latency_ms
     change = m.measured - m.float_model if m and m.measured is not None and m.float_model is not None else None
-    place = " · ".join(part for part in (r.runtime, r.device) if part)
-    reason = tag("small", r.reason or "no reason given") if r.status != "measured" else None
+    about = r.device if r.status == "measured" else r.reason or "no reason given"
     interval = None
     if r.speedup_ci and len(r.speedup_ci) == 2:
         interval = f"{fmt.number(r.speedup_ci[0], 3)}\N{EN DASH}{fmt.number(r.speedup_ci[1], 3)}"
     capabilities = ", ".join(str(c) for c in r.compute_capabilities or [])
     cells = [
-        cell(join([r.target, tag("small", place) if place else None]), value=r.target, head=True),
+        cell(join([r.target, tag("small", r.runtime) if r.runtime else None]), value=r.target, head=True),
         cell(precision_tag(r.precision), value=r.precision),
-        cell(join([chip(r.status), reason]), value=r.status, class_="status"),
+        cell(join([chip(r.status), tag("small", about) if about else None]), value=r.status, class_="status"),
         cell(
             join([r.rung or fmt.MISSING, tag("small", f"for {capabilities}") if capabilities else None]), value=r.rung
         ),
         num(fmt.number(m.float_model if m else None), m.float_model if m else None),
         num(fmt.number(m.simulated if m else None), m.simulated if m else None),
-        num(fmt.number(m.measured if m else None), m.measured if m else None, below=_metric_note(r)),
+        num(
+            fmt.number(m.measured if m else None),
+            m.measured if m else None,
+            below=None if one_metric else _metric_note(r),
+        ),
         num(fmt.signed(change), change),
         _share_cell(p.accumulators_different, p.accumulators_checked) if p else num(fmt.MISSING),
         _share_cell(p.codes_different, p.codes_checked) if p else num(fmt.MISSING),
@@ -128,6 +134,11 @@ def _result_row(r: Result) -> Markup:
     return tag("tr", *cells, data_target=r.target, data_precision=r.precision, data_status=r.status)
 
 
+def metrics(results: Sequence[Result]) -> list[str]:
+    """The metrics that the results name, each with its number of samples."""
+    return list(dict.fromkeys(note for r in results if (note := _metric_note(r))))
+
+
 def _metric_note(r: Result) -> str | None:
     if r.metric is None or r.metric.measured is None:
         return None
@@ -139,7 +150,7 @@ def _share_cell(different: int | None, checked: int | None) -> Markup:
     if different is None or not checked:
         return num(fmt.MISSING)
     shown = "0" if different == 0 else fmt.percent(different / checked, 2)
-    return num(shown, different / checked, below=f"of {checked:,}", title=fmt.of(different, checked))
+    return num(shown, different / checked, below=f"of {fmt.short_count(checked)}", title=fmt.of(different, checked))
 
 
 def gates_table(gates: Sequence[Gate]) -> Markup:

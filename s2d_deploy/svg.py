@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from s2d_deploy import report_format as fmt
 from s2d_deploy.markup import Markup, join, tag
 
-_CHARACTER = 6.4  # mean advance in SVG units of one character at the label size of 11.5
+_CHARACTER = 7.0  # mean advance in SVG units of one character at the label size of 11.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ class Rows:
         ticks = self.scale.ticks()
         frame = [
             *(line(self.scale(t), 2, self.scale(t), bottom + 4, "grid") for t in ticks),
-            *(text(self.scale(t), bottom + 14, fmt.number(t, 3), "tick", "middle") for t in ticks),
+            *(text(self.scale(t), bottom + 14, fmt.trimmed(t), "tick", "middle") for t in ticks),
             text((self.scale.start + self.scale.end) / 2, bottom + 31, self.unit, "caption", "middle"),
         ]
         for i, name in enumerate(self.names):

@@ -19,13 +19,15 @@ ATTENTION = [f"vit.layers.{b}.attention.{part}" for b in range(6) for part in ("
 
 def sample_report() -> dict[str, Any]:
     """The document, JSON only."""
-    rng = random.Random(7)
+    rng = random.Random(7)  # noqa: S311 - repeatable, not secret
     results = [_result(target, precision, rng) for target in ("ort", "tvm", "tensorrt") for precision in PRECISIONS]
     return {
         "schema_version": "1",
         "created": "2026-01-02T03:04:05+00:00",
         "command": ["s2d-deploy", "run", "synthetic recipe.yaml", "--output", "runs/synthetic"],
-        "reproduce": [{"figure": "Latency", "command": "s2d-deploy bench runs/synthetic --target ort --precision w8a8"}],
+        "reproduce": [
+            {"figure": "Latency", "command": "s2d-deploy bench runs/synthetic --target ort --precision w8a8"}
+        ],
         "versions": {"s2d-deploy": "0.1.0", "torch": "0.0.0", "onnxruntime": "0.0.0", "apache-tvm": "0.0.0"},
         "host": {
             "cpu": "Synthetic CPU",
@@ -181,7 +183,9 @@ def _op(name: str, precision: str, i: int) -> dict[str, Any]:
 
 
 def _gates() -> list[dict[str, Any]]:
-    def gate(name: str, target: str, precision: str, verdict: str, value: Any, limit: Any, evidence: Any) -> dict[str, Any]:
+    def gate(
+        name: str, target: str, precision: str, verdict: str, value: Any, limit: Any, evidence: Any
+    ) -> dict[str, Any]:
         return {
             "name": name,
             "target": target,
@@ -199,5 +203,7 @@ def _gates() -> list[dict[str, Any]]:
     found.append(gate("accuracy_drop", "ort", "w4a4", "fail", 0.021, 0.01, "95 % CI 0.014 to 0.028, n = 1,797"))
     found.append(gate("accuracy_drop", "tensorrt", "w8a8", "undecided", None, 0.005, "built, not run here"))
     found += [gate("parity", t, "w4a4", "pass", 0, 0, "4,812,800 accumulators compared") for t in ("ort", "tvm")]
-    found.append(gate("executed_precision", "ort", "w4a4", "fail", 0.97, 1.0, "vit.layers.1.attention.output ran in float32"))
+    found.append(
+        gate("executed_precision", "ort", "w4a4", "fail", 0.97, 1.0, "vit.layers.1.attention.output ran in float32")
+    )
     return found
