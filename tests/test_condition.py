@@ -164,11 +164,11 @@ def test_a_foreign_or_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
         run(vit(), checkpoint_path=path, steps=3)
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(StageError, match="folder of the checkpoint .*state.pt cannot be made"):
+    with pytest.raises(StageError, match=r"folder of the checkpoint .*state.pt cannot be made"):
         run(vit(), checkpoint_path=blocked / "state.pt", progress=lambda *a: pytest.fail("too late"))
     folder = tmp_path / "folder.pt"
     (folder / "inside").mkdir(parents=True)
-    with pytest.raises(StageError, match="folder.pt cannot be written"):
+    with pytest.raises(StageError, match=r"folder.pt cannot be written"):
         condition_module._save(folder, {"fingerprint": ""})
     assert not (tmp_path / "folder.pt.part").exists()
 
