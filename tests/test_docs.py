@@ -62,7 +62,7 @@ def broken_links(document: Path) -> list[str]:
 
 @cache
 def verb_exists(verb: str) -> bool:
-    command = [sys.executable, "-c", "from s2d_deploy.cli import main; main()", verb, "--help"]
+    command = [sys.executable, "-c", "import sys; from s2d_deploy.cli import main; sys.exit(main())", verb, "--help"]
     return subprocess.run(command, capture_output=True, check=False, cwd=ROOT).returncode == 0
 
 
