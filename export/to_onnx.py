@@ -14,6 +14,7 @@ import ast
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnx.reference import ReferenceEvaluator
 from onnxscript import opset21 as op21
 from torch import Tensor, nn
 
@@ -97,6 +99,8 @@ def export_onnx(
         }
     )
     proto = ir.serde.serialize_model(graph_model)
+    _require_dynamic_batch(proto, sample)
+    _count_unplanned(proto, sample)
     proto.producer_name, proto.producer_version = "s2d-deploy", __version__
     inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
     onnx.checker.check_model(inferred, full_check=False)
@@ -106,6 +110,40 @@ def export_onnx(
     else:
         onnx.save_model(inferred, path)
     return inferred
+
+
+def _require_dynamic_batch(proto: onnx.ModelProto, sample: Mapping[str, Tensor]) -> None:
+    """torch may fix a dimension that it was told to leave open, where the model's Python code reads its size."""
+    fixed = [i.name for i in proto.graph.input if i.type.tensor_type.shape.dim[0].HasField("dim_value")]
+    if fixed:
+        raise ModelError(
+            message(
+                f"the model fixes the batch size of {', '.join(fixed)}",
+                expected="a batch dimension that stays open",
+                found=f"{next(iter(sample.values())).shape[0]}, the batch size of the sample",
+                fix="make its forward pass free of Python code that depends on the batch size or on values",
+            )
+        )
+
+
+def _count_unplanned(proto: onnx.ModelProto, sample: Mapping[str, Tensor]) -> None:
+    """Write ``s2d.macs`` of contractions that are in no plan (inside modules that call no Linear), for one sample."""
+    missing = [n for n in proto.graph.node if n.op_type in ("MatMul", "Conv") and _macs(n) is None]
+    if not missing:
+        return
+    # Shapes are read off a run: shape inference gives up behind an Expand or a Reshape by computed sizes.
+    wanted = sorted({name for n in missing for name in (*n.input[:2], n.output[0])})
+    feeds = {name: tensor[:1].detach().cpu().numpy() for name, tensor in sample.items()}
+    found = ReferenceEvaluator(proto).run(wanted, feeds)
+    shapes = {name: np.shape(value) for name, value in zip(wanted, found, strict=True)}
+    for node in missing:
+        # Conv: all but the first dimension of the weight (O, I / groups, kh, kw). MatMul: the left operand's last.
+        inner = shapes[node.input[1]][1:] if node.op_type == "Conv" else shapes[node.input[0]][-1:]
+        node.metadata_props.add(key="s2d.macs", value=str(math.prod(shapes[node.output[0]]) * math.prod(inner)))
+
+
+def _macs(node: onnx.NodeProto) -> str | None:
+    return next((p.value for p in node.metadata_props if p.key == "s2d.macs"), None)
 
 
 def _dynamic_shapes(sample: Mapping[str, Tensor], dynamic: Mapping[str, Mapping[int, str]]) -> tuple[Any, ...]:
@@ -305,10 +343,7 @@ def _dequantize_codes(
         _initializer(graph, f"{site.name}.scale", np.ascontiguousarray(scale), ir.DataType.FLOAT),
         _initializer(graph, f"{site.name}.zero_point", np.ascontiguousarray(zero_point).astype(dtype), container),
     ]
-    node = _like(like, "DequantizeLinear", inputs, attributes)
-    node.name = f"{site.name}.dequantize"
-    node.metadata_props["s2d.site"] = site.name
-    return node
+    return _like(like, "DequantizeLinear", inputs, attributes)
 
 
 def _type_zero_points(graph: ir.Graph) -> None:
@@ -337,13 +372,8 @@ def _share_equal_quantizers(graph: ir.Graph) -> None:
         key = (node.inputs[0], _key(node.inputs[1]), _key(node.inputs[2]))
         if key not in seen:
             seen[key] = (node, users[0])
-            for n in (node, users[0]):
-                n.metadata_props["s2d.site"] = _owner(n).removesuffix("_quantizer")
             continue
-        first_q, first_dq = seen[key]
-        sites = f"{first_q.metadata_props['s2d.site']},{_owner(node).removesuffix('_quantizer')}"
-        first_q.metadata_props["s2d.site"] = first_dq.metadata_props["s2d.site"] = sites
-        ir.convenience.replace_all_uses_with(users[0].outputs[0], first_dq.outputs[0])
+        ir.convenience.replace_all_uses_with(users[0].outputs[0], seen[key][1].outputs[0])
         graph.remove([users[0], node], safe=True)
 
 
@@ -354,17 +384,20 @@ def _key(value: ir.Value | None) -> object:
 
 def _name(graph: ir.Graph, plan: Plan) -> None:
     """Plan names for contractions and quantizers; unique names for everything else."""
+    unplanned: dict[str, int] = {}
     for node in graph:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and "s2d.site" in node.metadata_props:
-            first = node.metadata_props["s2d.site"].split(",")[0]
-            node.name = f"{first}.{'quantize' if node.op_type == 'QuantizeLinear' else 'dequantize'}"
-        elif node.op_type in ("MatMul", "Conv"):
+        if node.op_type in ("MatMul", "Conv"):
             name = _op_name(node)
+            if name not in plan.ops:  # one module's code may hold several, and each is counted
+                owner = _owner(node) or "graph"
+                unplanned[owner] = unplanned.get(owner, 0) + 1
+                name = f"{owner}.{node.op_type}.{unplanned[owner]}"
             node.name = name
             node.metadata_props["s2d.op"] = name
             if name in plan.ops:
                 node.metadata_props["s2d.macs"] = str(plan.ops[name].macs)
             node.metadata_props["s2d.declared"] = plan.declared(name) if name in plan.ops else "float"
+    _name_sites(graph, plan)
     names: set[str] = set()
     for i, node in enumerate(graph):
         name = node.name or f"{_owner(node) or 'graph'}.{node.op_type}"
@@ -377,6 +410,42 @@ def _name(graph: ir.Graph, plan: Plan) -> None:
         name = (value.name or "").removeprefix("model.").replace("_quantizer.", ".")
         if name not in graph.initializers:
             value.name = name
+
+
+def _name_sites(graph: ir.Graph, plan: Plan) -> None:
+    """Sites are found from the contractions that read them: equal quantizers may long have been merged by torch."""
+    sites: dict[ir.Node, list[str]] = {}
+    for node in graph:
+        op = plan.ops.get(node.metadata_props.get("s2d.op", ""))
+        for (site, _), value in zip(op.sites, node.inputs, strict=False) if op is not None else ():
+            pair = _pair_behind(value) if site in plan.sites else []
+            for part in pair:
+                sites.setdefault(part, []).append(site)
+    for node, names in sites.items():
+        node.metadata_props["s2d.site"] = ",".join(names)
+        node.name = f"{names[0]}.{'quantize' if node.op_type == 'QuantizeLinear' else 'dequantize'}"
+    # An op that none of the exported outputs needs is not in the graph, and its sites with it.
+    present = {node.metadata_props.get("s2d.op") for node in graph}
+    lost = {s.name for s in plan.sites.values() if s.op in present}.difference(*sites.values())
+    if lost:
+        raise ModelError(
+            message(
+                f"{len(lost)} quantized site(s) do not reach their layer in the exported graph",
+                found=", ".join(sorted(lost)),
+                fix="name their layers in quantize.skip",
+            )
+        )
+
+
+def _pair_behind(value: ir.Value | None) -> list[ir.Node]:
+    """The DequantizeLinear that makes `value`, and its QuantizeLinear where the codes are not stored."""
+    node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "Mul":  # a per-token scale
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if node is None or node.op_type != "DequantizeLinear":
+        return []
+    quantizer = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return [node] if quantizer is None else [node, quantizer]
 
 
 def _op_name(node: ir.Node) -> str:

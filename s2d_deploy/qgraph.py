@@ -68,7 +68,10 @@ class Contraction:
     @property
     def integer(self) -> bool:
         """Whether both operands are codes with scales that leave the inner sum: an integer product is exact."""
-        return self.left is not None and self.right is not None and self.left.block is None and self.right.block is None
+        if self.left is None or self.right is None or self.left.axis is not None or self.right.block is not None:
+            return False
+        # One scale for each output channel: the weight's first dimension for Conv, its last for MatMul.
+        return self.right.axis in (None, 0 if self.node.op_type == "Conv" else 1)
 
 
 def load_model(path: Path) -> onnx.ModelProto:
