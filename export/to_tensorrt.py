@@ -1,0 +1,284 @@
+"""Target `tensorrt`: common ONNX -> explicit Q/DQ -> one engine for a list of GPUs, built with no GPU here.
+
+The dialect (`_trt_dialect`) keeps every code exact. Rungs on TensorRT: W8A8 is native (INT8 products); W4A8 and W4A4 are
+emulated, 4-bit codes multiplied as INT8, because TensorRT has no 4-bit integer activations; W4A16 is weight-only. The
+4-bit weights lie packed in the engine, two in a byte.
+
+One engine serves all listed compute capabilities: TensorRT-RTX stores kernels as portable programs and compiles them on
+the device, so six capabilities take no more room than one. The file is stored as ``.xz``, because those programs repeat
+themselves (a ViT-Tiny's 19 MB become 2.4 MB); reading it is ``lzma.decompress``.
+
+What was built is audited from the layer list that the builder prints: fusions and operand types are seen, nothing is
+executed. Run as a script: ``python -m s2d_deploy.export.to_tensorrt COMMON.onnx FOLDER``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from s2d_deploy import __version__
+from s2d_deploy.errors import ArtifactError, RuntimeUnavailable, S2DDeployError, UnsupportedError, message
+from s2d_deploy.files import write_json
+from s2d_deploy.qgraph import contractions, load_model, metadata
+from s2d_deploy.runtimes import _trt_package as package
+from s2d_deploy.runtimes._trt_layers import audit_layers, low_bit_bytes, parse_layers
+from s2d_deploy.session import Artifact, Progress
+
+from ._trt_build import compile_engine
+from ._trt_dialect import widen_weights, write_dialect
+from ._trt_options import Options
+
+DIALECT = "model.onnx"
+DESCRIPTION = "engine.json"
+FORMAT = 1  # of DESCRIPTION
+
+
+class TensorRTTarget:
+    """See `s2d_deploy.session.Target`; `Options` lists what `build` takes."""
+
+    name = "tensorrt"
+
+    def dialect(self, model: Path, folder: Path, *, precision: str) -> Path:
+        """Write the dialect as ``model.onnx`` in `folder`; needs no TensorRT.
+
+        Raises:
+            ArtifactError: no readable common ONNX file, or one of another precision.
+            UnsupportedError: quantizers that TensorRT cannot express; every one is named, with the recipe key.
+        """
+        found = metadata(load_model(model)).get("s2d.precision")
+        if found != precision:
+            raise ArtifactError(
+                message(
+                    f"{model}: not the common ONNX file for this precision",
+                    expected=f"s2d.precision {precision!r} in its metadata",
+                    found=repr(found) if found else "none: the file is truncated or foreign",
+                    fix="export it again",
+                )
+            )
+        target = folder / DIALECT
+        write_dialect(model, target)
+        return target
+
+    def build(
+        self,
+        dialect: Path,
+        folder: Path,
+        *,
+        precision: str,
+        options: Mapping[str, Any],
+        progress: Progress,
+    ) -> Artifact:
+        """Compile the dialect file into an engine, and describe it in ``engine.json``.
+
+        The artifact's files are what a runtime needs (engine, description); the dialect file lies beside them.
+
+        Raises:
+            RecipeError: an unknown or bad option.
+            RuntimeUnavailable: neither `tensorrt` nor `tensorrt_rtx` is installed.
+            UnsupportedError: TensorRT refuses the graph; the message names node, layer, reason and recipe line.
+        """
+        chosen = Options.parse(options)
+        if not package.installed():
+            raise RuntimeUnavailable(message("TensorRT is not installed", fix=package.INSTALL))
+        folder.mkdir(parents=True, exist_ok=True)
+        model = load_model(dialect)
+        if chosen.weight_storage == "int8":
+            model = widen_weights(model)
+            dialect = folder / DIALECT
+            onnx.save_model(model, dialect)
+        elif dialect.resolve() != (folder / DIALECT).resolve():
+            shutil.copyfile(dialect, folder / DIALECT)
+        engine = folder / ("model.engine.xz" if chosen.compress else "model.engine")
+        progress(f"tensorrt: building for compute capability {', '.join(chosen.compute_capabilities)}")
+        answer = compile_engine(model, dialect, engine, chosen)
+        description = _describe(model, answer, chosen, precision)
+        write_json(folder / DESCRIPTION, description)
+        progress(f"tensorrt: built in {answer['seconds']:.1f} s, {engine.stat().st_size} bytes")
+        keys = ("package", "version", "compute_capabilities", "batch", "engine_bytes", "audit")
+        info = {key: description[key] for key in keys}
+        if description["weight_size_bytes"] is not None:
+            info["weight_size_bytes"] = description["weight_size_bytes"]
+        info["rung"] = description["audit"]["rung"]
+        return Artifact(folder, self.name, precision, {"engine": engine.name, "description": DESCRIPTION}, info)
+
+
+TARGET = TensorRTTarget()
+
+
+def _describe(model: onnx.ModelProto, answer: Mapping[str, Any], options: Options, precision: str) -> dict[str, Any]:
+    """The artifact's ``engine.json``: what it is, what it is for, what its compiled layers are."""
+    dequantizers = {o: n.name for n in model.graph.node if n.op_type == "DequantizeLinear" for o in n.output}
+    found = contractions(model)
+    ops = [
+        {
+            "name": c.node.name,
+            "macs": c.macs,
+            "declared": c.declared,
+            "weight": dequantizers.get(c.node.input[1], "") if c.right is not None and c.right.stored is not None else "",
+        }
+        for c in found
+    ]
+    layers = parse_layers(answer["layers"])
+    evidence = (
+        f"layer list that {answer['package']} {answer['version']} printed while it compiled for compute capability "
+        f"{', '.join(options.compute_capabilities)}; nothing was executed"
+    )
+    if not layers:
+        raise UnsupportedError(
+            message(
+                f"{answer['package']} {answer['version']} printed no layer list that can be read, so the engine cannot be audited",
+                expected="TensorRT-RTX 1.5 to 1.7, or TensorRT 10 and 11",
+                fix=package.INSTALL,
+            )
+        )
+    scales = sum(4 * c.right.scale.size for c in found if c.right is not None and c.right.stored is not None)
+    codes = low_bit_bytes(layers)
+    return {
+        "format": FORMAT,
+        "s2d_deploy": __version__,
+        "precision": precision,
+        "package": answer["package"],
+        "version": answer["version"],
+        "compute_capabilities": list(options.compute_capabilities),
+        "batch": dict(zip(("min", "opt", "max"), options.batch, strict=True)),
+        "shapes": options.shapes(model),
+        "inputs": answer["inputs"],
+        "outputs": answer["outputs"],
+        "compressed": "xz" if options.compress else None,
+        "engine_bytes": answer["engine_bytes"],
+        "weight_size_bytes": codes + scales if scales else None,
+        "tf32": options.tf32,
+        "ops": ops,
+        "audit": audit_layers(layers, ops, evidence).to_dict(),
+    }
+
+
+def read_engine(path: Path) -> bytes:
+    """The serialized engine in a file that `build` wrote, unpacked.
+
+    Raises:
+        ArtifactError: missing or truncated.
+    """
+    try:
+        data = path.read_bytes()
+        return lzma.decompress(data) if path.suffix == ".xz" else data
+    except (OSError, lzma.LZMAError, EOFError) as error:
+        raise ArtifactError(message(f"{path}: not a whole engine file", found=str(error), fix="build it again")) from error
+
+
+EPILOG = """
+what you get in OUT_FOLDER
+  model.engine.xz  the engine, for all listed GPUs (Ampere 8.0, 8.6; Ada 8.9; Blackwell 12.0, 12.1)
+  engine.json      versions, capabilities, shapes, and for each layer what precision the compiled engine gives it
+  model.onnx       what TensorRT's parser read: explicit Q/DQ, signed INT8, zero points 0
+
+examples
+  for an RTX 30 and an RTX 40, batches up to 16:
+    python -m s2d_deploy.export.to_tensorrt model.onnx out --compute-capability 8.6 8.9 --batch 1 4 16
+  a text model with a dynamic length:
+    python -m s2d_deploy.export.to_tensorrt model.onnx out --dimension sequence 1 64 128
+
+load it without this project (the machine needs an NVIDIA GPU and driver)
+  import lzma, tensorrt_rtx as trt
+  log = trt.Logger(trt.Logger.WARNING)
+  engine = trt.Runtime(log).deserialize_cuda_engine(lzma.open("out/model.engine.xz").read())
+  context = engine.create_execution_context()
+  # x, y: CUDA tensors of the shapes in engine.json
+  context.set_input_shape("pixel_values", tuple(x.shape))
+  context.set_tensor_address("pixel_values", x.data_ptr())
+  context.set_tensor_address("logits", y.data_ptr())
+  context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+
+rungs: w8a8 native (INT8 x INT8); w4a8, w4a4 emulated (4-bit codes multiplied as INT8); w4a16 weight-only.
+exit codes: 0 built, 2 the input or an option is wrong or cannot be expressed, 3 TensorRT is not installed.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: a common ONNX file -> an artifact folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m s2d_deploy.export.to_tensorrt",
+        description="Compile a common ONNX file (written by `s2d-deploy export` or export/to_onnx.py) into a TensorRT engine. "
+        "No GPU is needed to build; running the engine needs one.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = Options()
+    parser.add_argument("model", type=Path, metavar="COMMON.onnx", help="the common ONNX file")
+    parser.add_argument("folder", type=Path, metavar="OUT_FOLDER", help="where the artifact goes")
+    parser.add_argument(
+        "--compute-capability",
+        nargs="+",
+        action="extend",
+        metavar="X.Y",
+        help=f"GPUs the engine is for, or `current` (default: {' '.join(default.compute_capabilities)})",
+    )
+    parser.add_argument("--batch", nargs=3, type=int, metavar=("MIN", "OPT", "MAX"), help="batch sizes (default: 1 8 32)")
+    parser.add_argument(
+        "--dimension", nargs=4, action="append", default=[], metavar=("NAME", "MIN", "OPT", "MAX"), help="another dynamic dimension"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("int4", "int8"),
+        default=default.weight_storage,
+        help="how 4-bit weights lie in the engine: int4 is packed, int8 is twice as large and needs no unpacking",
+    )
+    parser.add_argument("--tf32", action="store_true", help="let float products run in TF32 (faster, 10 bits of mantissa)")
+    parser.add_argument("--workspace-mb", type=int, metavar="MB", help="limit of scratch memory")
+    parser.add_argument("--timeout", type=float, default=default.timeout_s, metavar="S", help="give up after S seconds")
+    parser.add_argument("--no-compress", action="store_true", help="write model.engine instead of model.engine.xz")
+    parser.add_argument("--json", action="store_true", help="print the description as one JSON document")
+    arguments = parser.parse_args(argv)
+    try:
+        artifact = _from_command_line(arguments)
+    except S2DDeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if arguments.json:
+        print((artifact.folder / DESCRIPTION).read_text(encoding="utf-8"))
+    else:
+        shares = ", ".join(f"{share:.1%} {name}" for name, share in artifact.info["audit"]["executed"].items())
+        print(f"{artifact.path('engine')}: {artifact.precision}, {artifact.size_bytes} bytes, rung {artifact.info['rung']}")
+        print(f"compiled, not run: {shares} of the multiply-accumulates ({artifact.info['audit']['evidence']})")
+    return 0
+
+
+def _from_command_line(arguments: argparse.Namespace) -> Artifact:
+    options: dict[str, Any] = {
+        "weight_storage": arguments.weights,
+        "tf32": arguments.tf32,
+        "workspace_mb": arguments.workspace_mb,
+        "timeout_s": arguments.timeout,
+        "compress": not arguments.no_compress,
+    }
+    if arguments.compute_capability:
+        options["compute_capabilities"] = arguments.compute_capability
+    if arguments.batch:
+        options["batch"] = arguments.batch
+    ranges = {}
+    for name, *numbers in arguments.dimension:
+        ranges[name] = [int(n) if n.isdigit() else n for n in numbers]
+    if ranges:
+        options["dimensions"] = ranges
+    Options.parse(options)  # before any work
+    precision = metadata(load_model(arguments.model)).get("s2d.precision", "none")
+    dialect = TARGET.dialect(arguments.model, arguments.folder, precision=precision)
+    return TARGET.build(
+        dialect,
+        arguments.folder,
+        precision=precision,
+        options=options,
+        progress=lambda text: None if arguments.json else print(text, file=sys.stderr),
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
