@@ -6,8 +6,8 @@ Nothing is left for the optimizer to recognize; each integer contraction is writ
   AVX512-VNNI, UINT8 x UINT8 took 1.5 times as long and INT8 x INT8 20 to 40 times (197 x 384 x 1536). A code is
   stored with a shift where its own type is the other one, and the zero point carries the same shift, so products
   of differences are unchanged.
-- An activation site is one ``QuantizeLinear`` to that byte. A 4-bit site needs a ``Clip`` behind it: of bytes, a quarter of
-  the traffic of a Clip of floats in front. Shifted INT4 codes start at 0, where UINT8 saturates by itself.
+- An activation site is one ``QuantizeLinear`` to that byte. A 4-bit site needs a ``Clip`` behind it: of bytes, a
+  quarter of the traffic of a Clip of floats in front. Shifted INT4 codes start at 0, where UINT8 saturates by itself.
 - Reshape and Transpose commute with a per-tensor quantizer: the quantizer goes first, so that bytes are moved.
 - MatMul is ``com.microsoft.MatMulIntegerToFloat`` (int32 accumulators times both scales, plus the bias). A following
   Mul by a power of two (attention's 1 / sqrt(64)) goes into the scale, which is exact.
@@ -40,7 +40,8 @@ from ._ort_surgery import CONTRIB, Surgery, annotate
 FLOAT_LEVEL = 1  # MatMulNBits accuracy_level: 0 unset, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations
 NBITS_BLOCKS = (16, 32, 64, 128, 256)
 PART = "s2d.part"  # metadata of a node that only rearranges codes or accumulators for the op that it names
-STORAGE, SHIFT = "s2d.storage", "s2d.shift"  # of a site's codes: the plan's type, and what was added to each code
+# Of a site's codes: the plan's type, what was added to each code, and the type that holds the sum.
+STORAGE, SHIFT, CONTAINER = "s2d.storage", "s2d.shift", "s2d.container"
 _MOVES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity")
 # (container is unsigned, ONNX type of the codes) -> shift
 SHIFTS = {
@@ -54,7 +55,8 @@ def to_integer_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of the common model on ONNX Runtime's integer kernels.
 
     Contractions keep their node names and ``s2d.*`` metadata. The node that makes a site's codes carries ``s2d.site``,
-    and ``s2d.storage`` and ``s2d.shift`` to get the plan's codes back; its output is named as in the common model.
+    and ``s2d.storage``, ``s2d.shift`` and ``s2d.container`` to get the plan's codes back; its output is named as in
+    the common model.
     """
     return _Rewriter(model).rewritten()
 
@@ -129,14 +131,21 @@ class _Rewriter(Surgery):
         producer = self.producers.get(source)
         if storage.endswith("INT4") and not (producer is not None and producer.op_type == "Clip"):
             bounds = ["" if unsigned and low == 0 else self._byte(low, unsigned), self._byte(high, unsigned)]
-            nodes.append(helper.make_node("Clip", [f"{codes}.byte", *bounds], [f"{codes}.clip"], name=f"{node.name}.clip"))
+            nodes.append(
+                helper.make_node("Clip", [f"{codes}.byte", *bounds], [f"{codes}.clip"], name=f"{node.name}.clip")
+            )
         for i, move in enumerate(moves):
             copy = onnx.NodeProto()
             copy.CopyFrom(move)
-            copy.name, copy.input[0], copy.output[0] = f"{node.name}.{move.name}", nodes[-1].output[0], f"{codes}.moved{i}"
+            copy.name, copy.input[0], copy.output[0] = (
+                f"{node.name}.{move.name}",
+                nodes[-1].output[0],
+                f"{codes}.moved{i}",
+            )
             nodes.append(copy)
         nodes[-1].output[0] = codes
-        annotate(nodes[-1], {**metadata(node), STORAGE: storage, SHIFT: str(shift)})
+        container = "UINT8" if unsigned else "INT8"
+        annotate(nodes[-1], {**metadata(node), STORAGE: storage, SHIFT: str(shift), CONTAINER: container})
         self.replace(node, nodes)
         for user in self.consumers.get(codes, []):
             if user.op_type == "DequantizeLinear":
@@ -241,7 +250,9 @@ class _Rewriter(Surgery):
         scale = self.constant(f"{name}.scale", (left.scale * right.scale).reshape(spread), np.float32)
         nodes += [
             annotate(accumulate, metadata(op.node)),
-            helper.make_node("Cast", [f"{name}.accumulators"], [f"{name}.float"], name=f"{name}.cast", to=TensorProto.FLOAT),
+            helper.make_node(
+                "Cast", [f"{name}.accumulators"], [f"{name}.float"], name=f"{name}.cast", to=TensorProto.FLOAT
+            ),
             helper.make_node("Mul", [f"{name}.float", scale], [output], name=f"{name}.mul"),
         ]
         if len(op.node.input) > 2 and op.node.input[2]:
@@ -277,7 +288,7 @@ class _Rewriter(Surgery):
         self.replace(op.node, [annotate(node, metadata(op.node))])
 
     def _weight_in_float(self, node: onnx.NodeProto) -> None:
-        """(codes - zero_point) * scale from nodes that constant folding takes; a DequantizeLinear would run every time."""
+        """(codes - zero_point) * scale from nodes that are folded at load; a DequantizeLinear would run every time."""
         values = attributes(node)
         codes, scale = self.stored[node.input[0]], self.stored[node.input[1]]
         zeros = as_codes(numpy_helper.to_array(self.stored[node.input[2]]))

@@ -1,4 +1,4 @@
-"""Replace nodes of an ONNX graph by lists of nodes; values keep their names, so the rest of the graph stays as it is."""
+"""Replace nodes of an ONNX graph by lists of nodes; values keep their names, so the rest of the graph stays."""
 
 from __future__ import annotations
 

@@ -1,0 +1,322 @@
+"""Target `ort`: the common ONNX file -> the same model on ONNX Runtime's integer kernels (`_ort_rewrite` says how).
+
+The artifact is that one ONNX file. Plain onnxruntime loads it, without this package:
+
+    import onnxruntime
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    outputs = session.run(None, {"pixel_values": images})
+
+Weights stay INT4 or INT8 in the file and are unpacked when the session loads, so the file that ships is small and the
+kernels see bytes. Run as a script: ``python -m s2d_deploy.export.to_ort COMMON.onnx OUT_FOLDER``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from s2d_deploy.errors import ArtifactError, PlanError, RecipeError, RuntimeUnavailable, S2DDeployError, message
+from s2d_deploy.qgraph import initializers, load_model, metadata
+from s2d_deploy.registry import load_runtime
+from s2d_deploy.session import Artifact, Audit, Progress
+
+from ._ort_rewrite import to_integer_kernels
+
+FILE = "model.onnx"
+OPTIONS = ("providers", "graph_optimization_level")
+LEVELS = ("all", "extended", "basic", "disable")
+DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
+_EXTERNAL_BEYOND = 1 << 30  # bytes; a protobuf ends at 2 GB
+# Inputs of a kernel that are the stored weight: codes, scales, zero points.
+_WEIGHT_INPUTS = {
+    "MatMulIntegerToFloat": (1, 3, 5),
+    "MatMulNBits": (1, 2, 3),
+    "ConvInteger": (1, 3),
+    "MatMul": (1,),
+    "Conv": (1,),
+}
+
+
+class OrtTarget:
+    """See `s2d_deploy.session.Target`."""
+
+    name = "ort"
+
+    def dialect(self, model: Path, folder: Path, *, precision: str) -> Path:
+        """Rewrite the common file onto integer kernels, as ``model.onnx`` in `folder`.
+
+        Raises:
+            ArtifactError: no readable ONNX, not exported for `precision`, or it lies where the dialect would go.
+            PlanError: a scale is zero, negative, infinite or NaN; every one is named.
+        """
+        target = folder / FILE
+        if model.resolve() == target.resolve():
+            raise ArtifactError(
+                message(f"{model}: the dialect would overwrite the common file", fix="choose another output folder")
+            )
+        common = _checked(model, precision)
+        _check_scales(model, common)
+        rewritten = to_integer_kernels(common)
+        folder.mkdir(parents=True, exist_ok=True)
+        data = target.with_name(f"{FILE}.data")
+        data.unlink(missing_ok=True)  # onnx appends to external data that is there
+        if rewritten.ByteSize() > _EXTERNAL_BEYOND:
+            onnx.save_model(rewritten, target, save_as_external_data=True, location=data.name)
+        else:
+            onnx.save_model(rewritten, target)
+        return target
+
+    def build(
+        self,
+        dialect: Path,
+        folder: Path,
+        *,
+        precision: str,
+        options: Mapping[str, Any],
+        progress: Progress,
+    ) -> Artifact:
+        """Put the dialect file into `folder` and load it once, so that what cannot be loaded is known now.
+
+        Args:
+            dialect: what `dialect` wrote.
+            folder: where the artifact goes; may be the dialect's own folder.
+            precision: as exported.
+            options: ``providers``: names, or pairs of name and options, in order of preference (default: the CPU);
+                ``graph_optimization_level``: ``all`` (default), ``extended``, ``basic`` or ``disable``.
+            progress: told what happens.
+
+        Raises:
+            RecipeError: an unknown option or value.
+            RuntimeUnavailable: onnxruntime is not installed.
+            ArtifactError: no readable ONNX, or onnxruntime refuses it.
+        """
+        settings = _settings(options)
+        runtime = load_runtime(self.name)
+        if (reason := runtime.available()) is not None:
+            raise RuntimeUnavailable(reason)
+        model = _checked(dialect, precision)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {"model": FILE}
+        data = dialect.with_name(f"{dialect.name}.data")
+        if data.exists():
+            files["data"] = data.name
+        for source, name in ((dialect, FILE), *([(data, data.name)] if "data" in files else [])):
+            if source.resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
+        info = {**settings, "onnxruntime": runtime.version(), "weights": weight_bytes(model)}
+        artifact = Artifact(folder, self.name, precision, files, info)
+        progress(f"ort: loading {FILE} in onnxruntime {runtime.version()}")
+        with runtime.open(artifact, threads=1):
+            pass
+        return artifact
+
+
+TARGET = OrtTarget()
+
+
+def weight_bytes(model: onnx.ModelProto) -> dict[str, Any]:
+    """Bytes of the quantized weights in a dialect file, scales and zero points included, against FP32.
+
+    Returns:
+        ``{"stored_bytes", "float32_bytes", "ratio"}``; the ratio is None where nothing is quantized.
+    """
+    stored = initializers(model)
+    producers = {name: node for node in model.graph.node for name in node.output}
+    counted: set[str] = set()
+    total, elements = 0, 0
+    for node in model.graph.node:
+        props = metadata(node)
+        if "s2d.op" not in props or props.get("s2d.declared", "float") == "float":
+            continue
+        leaves: list[str] = []
+        for i in _WEIGHT_INPUTS.get(node.op_type, ()):
+            if i < len(node.input) and (found := _stored_behind(node.input[i], producers, stored)) is not None:
+                leaves += found
+        tensors = [stored[name] for name in dict.fromkeys(leaves) if name not in counted]
+        counted.update(leaves)
+        codes = [math.prod(t.dims) * (2 if node.op_type == "MatMulNBits" else 1) for t in tensors]
+        total += sum(_bytes(t) for t in tensors)
+        # An activation as the right operand (attention) brings only its scale: one element, no weight.
+        elements += max((n for n in codes if n > 1), default=0)
+    return {"stored_bytes": total, "float32_bytes": 4 * elements, "ratio": total / (4 * elements) if elements else None}
+
+
+def _stored_behind(
+    name: str, producers: Mapping[str, onnx.NodeProto], stored: Mapping[str, onnx.TensorProto]
+) -> list[str] | None:
+    """Initializers that `name` is computed from, or None where an activation is among its sources."""
+    if name in stored:
+        return [name]
+    node = producers.get(name)
+    if node is None:
+        return None if name else []
+    result: list[str] = []
+    for source in node.input:
+        found = _stored_behind(source, producers, stored)
+        if found is None:
+            return None
+        result += found
+    return result
+
+
+def _bytes(tensor: onnx.TensorProto) -> int:
+    bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}.get(tensor.data_type)
+    if bits is None:
+        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return (math.prod(tensor.dims) * bits + 7) // 8
+
+
+def _checked(path: Path, precision: str) -> onnx.ModelProto:
+    model = load_model(path)
+    found = metadata(model).get("s2d.precision")
+    if found != precision:
+        raise ArtifactError(
+            message(
+                f"{path}: not the ONNX file for this precision",
+                expected=f"s2d.precision {precision!r} in its metadata",
+                found=repr(found) if found else "none: the file is truncated or foreign",
+                fix="export it again",
+            )
+        )
+    return model
+
+
+def _check_scales(path: Path, model: onnx.ModelProto) -> None:
+    stored = initializers(model)
+    wrong = []
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] in stored:
+            scale = numpy_helper.to_array(stored[node.input[1]]).astype(np.float64)
+            if not (np.isfinite(scale).all() and (scale > 0).all()):
+                wrong.append(metadata(node).get("s2d.site", node.name))
+    if wrong:
+        raise PlanError(
+            message(
+                f"{path}: scales that no runtime can divide by: {', '.join(dict.fromkeys(wrong))}",
+                expected="finite and positive",
+                fix="calibrate again; a weight or an activation is NaN or infinite",
+            )
+        )
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked options with defaults, as they go into the manifest."""
+    for name in options:
+        if name not in OPTIONS:
+            close = get_close_matches(str(name), OPTIONS, n=1)
+            raise RecipeError(
+                message(
+                    f"target 'ort': unknown option {name!r}",
+                    expected=f"one of {', '.join(OPTIONS)}",
+                    fix=f"did you mean {close[0]!r}?" if close else None,
+                )
+            )
+    level = options.get("graph_optimization_level", "all")
+    if level not in LEVELS:
+        close = get_close_matches(str(level), LEVELS, n=1)
+        raise RecipeError(
+            message(
+                "target 'ort': graph_optimization_level",
+                expected=f"one of {', '.join(LEVELS)}",
+                found=repr(level),
+                fix=f"did you mean {close[0]!r}?" if close else None,
+            )
+        )
+    providers = options.get("providers", DEFAULT_PROVIDERS)
+    if isinstance(providers, str) or not isinstance(providers, Sequence) or not providers:
+        raise RecipeError(
+            message("target 'ort': providers", expected="a list, as [CPUExecutionProvider]", found=repr(providers))
+        )
+    for provider in providers:
+        pair = isinstance(provider, Sequence) and len(provider) == 2 and isinstance(provider[1], Mapping)
+        if not (isinstance(provider, str) or (pair and isinstance(provider[0], str))):
+            raise RecipeError(
+                message("target 'ort': providers", expected="names, or pairs [name, options]", found=repr(provider))
+            )
+    return {
+        "providers": [p if isinstance(p, str) else [p[0], dict(p[1])] for p in providers],
+        "graph_optimization_level": level,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: a common ONNX file becomes an artifact; prints its size and what it executes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m s2d_deploy.export.to_ort",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Rewrite a common ONNX file (written by s2d_deploy.export.to_onnx) onto ONNX Runtime's integer kernels,\n"
+            "load it once, and print what it executes."
+        ),
+        epilog=(
+            "The result, OUT_FOLDER/model.onnx, needs nothing but onnxruntime:\n\n"
+            "  import onnxruntime\n"
+            '  session = onnxruntime.InferenceSession("OUT_FOLDER/model.onnx")\n'
+            "  outputs = session.run(None, {session.get_inputs()[0].name: batch})\n\n"
+            "example: python -m s2d_deploy.export.to_ort quantized/model.onnx out/ort --threads 2"
+        ),
+    )
+    parser.add_argument(
+        "model", type=Path, metavar="COMMON.onnx", help="the common ONNX file; its metadata names the precision"
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="OUT_FOLDER", help="where model.onnx goes; made where it does not exist"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of the session that is audited (default: 1)")
+    parser.add_argument(
+        "--provider",
+        action="append",
+        metavar="NAME",
+        help="an execution provider of onnxruntime, repeatable, most preferred first (default: CPUExecutionProvider)",
+    )
+    parser.add_argument(
+        "--graph-optimization-level",
+        choices=LEVELS,
+        default="all",
+        help="how far onnxruntime may rewrite the graph when it loads (default: all)",
+    )
+    arguments = parser.parse_args(argv)
+    options = {
+        "providers": arguments.provider or list(DEFAULT_PROVIDERS),
+        "graph_optimization_level": arguments.graph_optimization_level,
+    }
+    try:
+        if arguments.threads < 1:
+            raise RecipeError(message("--threads", expected="1 or more", found=str(arguments.threads)))
+        precision = metadata(load_model(arguments.model)).get("s2d.precision", "none")
+        dialect = TARGET.dialect(arguments.model, arguments.folder, precision=precision)
+        artifact = TARGET.build(dialect, arguments.folder, precision=precision, options=options, progress=print)
+        with load_runtime("ort").open(artifact, threads=arguments.threads) as session:
+            audit = session.audit()
+    except S2DDeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(_summary(artifact, audit))
+    return 0
+
+
+def _summary(artifact: Artifact, audit: Audit) -> str:
+    shares = ", ".join(f"{share:.1%} {name}" for name, share in sorted(audit.executed.items()))
+    macs = sum(op.macs for op in audit.ops)
+    lines = [
+        f"{artifact.path('model')}: {artifact.precision}, {artifact.size_bytes:,} bytes",
+        f"executes {shares} of {macs:,} multiply-accumulates per sample; rung: {audit.rung}",
+    ]
+    ratio = artifact.info["weights"]["ratio"]
+    if ratio is not None:
+        lines.append(f"quantized weights take {ratio:.3f} of their FP32 bytes")
+    return "\n".join([*lines, *(f"note: {note}" for note in audit.notes)])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

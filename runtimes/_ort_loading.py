@@ -1,0 +1,92 @@
+"""Make onnxruntime sessions: one place for the settings that change numbers, speed or noise."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from s2d_deploy.errors import ArtifactError, DeviceUnavailable, message
+
+_ERRORS_ONLY = 3  # onnxruntime's log severity; below it, it writes to stderr about its own optimizations
+_IN_MEMORY_BELOW = 1 << 30  # bytes; a protobuf ends at 2 GB
+CONFIG = {
+    # Without VNNI, x86 multiplies UINT8 x INT8 with 16-bit sums that saturate; this takes the exact kernel there.
+    "session.x64quantprecision": "1",
+    # INT4 Q/DQ that onnxruntime fuses to MatMulNBits would get level 4: activations rounded to INT8.
+    "session.qdq_matmulnbits_accuracy_level": "1",
+}
+
+
+def new_session(model: Path | bytes, info: Mapping[str, Any], threads: int, optimized: Path | None = None) -> Any:
+    """An InferenceSession, sequential, on `threads` threads.
+
+    Args:
+        model: the ONNX file, or its bytes.
+        info: of the artifact: ``providers`` and ``graph_optimization_level``.
+        threads: of one operator.
+        optimized: where to save the optimized graph; tensors go to ``<optimized>.data``.
+
+    Raises:
+        ArtifactError: onnxruntime cannot load the model; the message carries its reason.
+        DeviceUnavailable: a provider is not in this build of onnxruntime.
+    """
+    import onnxruntime
+
+    providers = info.get("providers") or ["CPUExecutionProvider"]
+    providers = [p if isinstance(p, str) else (p[0], dict(p[1])) for p in providers]
+    present = onnxruntime.get_available_providers()
+    missing = [name for name in (p if isinstance(p, str) else p[0] for p in providers) if name not in present]
+    if missing:
+        raise DeviceUnavailable(
+            message(
+                f"onnxruntime {onnxruntime.__version__} has no provider {', '.join(missing)} here",
+                expected=f"one of {', '.join(present)}",
+                fix="install the onnxruntime build that brings it, or choose another provider",
+            )
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = {
+        "all": levels.ORT_ENABLE_ALL,
+        "extended": levels.ORT_ENABLE_EXTENDED,
+        "basic": levels.ORT_ENABLE_BASIC,
+        "disable": levels.ORT_DISABLE_ALL,
+    }[info.get("graph_optimization_level", "all")]
+    options.log_severity_level = _ERRORS_ONLY
+    for key, value in CONFIG.items():
+        options.add_session_config_entry(key, value)
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        key = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{key}_file_name", f"{optimized.name}.data")
+        options.add_session_config_entry(f"{key}_min_size_in_bytes", "1024")
+    try:
+        return onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model), options, providers=providers
+        )
+    except Exception as error:  # its exceptions share no base class
+        where = "the model" if isinstance(model, bytes) else str(model)
+        raise ArtifactError(
+            message(
+                f"{where}: onnxruntime {onnxruntime.__version__} cannot load it",
+                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:400]}",
+                fix="build the artifact again",
+            )
+        ) from error
+
+
+def session_of(model: onnx.ModelProto, info: Mapping[str, Any], threads: int) -> Any:
+    """A session of a model in memory, however large it is."""
+    if model.ByteSize() < _IN_MEMORY_BELOW:
+        return new_session(model.SerializeToString(), info, threads)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data")
+        return new_session(path, info, threads)

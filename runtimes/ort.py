@@ -1,0 +1,235 @@
+"""Runtime `ort`: ONNX Runtime on the CPU (or another of its execution providers, where the artifact names one).
+
+What is evidence of what:
+
+- `run` is the artifact itself.
+- `codes` runs a second session of the same file whose codes are graph outputs too. Every quantizer and integer kernel
+  is a node of the file already, so showing the codes changes no fusion around them.
+- `accumulate` runs the op's own kernel on the artifact's stored weights, cut out of the graph (`_ort_forced`).
+- `audit` reads the graph as ONNX Runtime's optimizer leaves it (`_ort_audit`), not as we wrote it.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx
+
+from s2d_deploy.errors import ArtifactError, DataError, RuntimeUnavailable, message
+from s2d_deploy.export._ort_rewrite import SHIFT, STORAGE
+from s2d_deploy.qgraph import load_model, metadata
+from s2d_deploy.session import Array, Artifact, Audit, Feeds, Rung, require_feeds
+
+from ._cpu_features import byte_dot_product
+from ._ort_audit import audit_graph
+from ._ort_forced import ForcedOps
+from ._ort_loading import new_session, session_of
+
+_RUNGS: dict[str, Rung] = {
+    "fp32": "float",
+    "w8a8": "native",
+    "w4a16": "weight-only",
+    "w4a8": "emulated",
+    "w4a4": "emulated",
+}
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+
+
+class OrtSession:
+    """A loaded artifact; see `s2d_deploy.session.Session`."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self._artifact, self._threads = artifact, threads
+        self._path = artifact.path("model")
+        self._session: Any = new_session(self._path, artifact.info, threads)
+        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        self._outputs = [o.name for o in self._session.get_outputs()]
+        self._loaded: onnx.ModelProto | None = None
+        self._tapped: Any = None
+        self._forced: ForcedOps | None = None
+
+    def __enter__(self) -> OrtSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Outputs by name. Raises DataError for a wrong name, dtype, rank or dimension."""
+        session = self._open()
+        self._check(feeds)
+        return dict(zip(self._outputs, _run(session, self._outputs, feeds), strict=True))
+
+    def codes(self, feeds: Feeds) -> dict[str, Array]:
+        """Codes at every activation site in the plan's own type; sites that share a quantizer each get them."""
+        self._open()
+        self._check(feeds)
+        sites = [(node, metadata(node)) for node in self._model.graph.node if SHIFT in metadata(node)]
+        if not sites:
+            return {}
+        if self._tapped is None:
+            tapped = onnx.ModelProto()
+            tapped.CopyFrom(self._model)
+            shown = {output.name for output in tapped.graph.output}
+            for node, _ in sites:
+                if node.output[0] not in shown:
+                    tapped.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
+            self._tapped = session_of(tapped, self._artifact.info, self._threads)
+        found = _run(self._tapped, [node.output[0] for node, _ in sites], feeds)
+        result: dict[str, Array] = {}
+        for (_, props), bytes_ in zip(sites, found, strict=True):
+            dtype = np.uint8 if props[STORAGE].startswith("U") else np.int8
+            codes = (bytes_.astype(np.int16) - int(props[SHIFT])).astype(dtype)
+            result.update(dict.fromkeys(props["s2d.site"].split(","), codes))
+        return result
+
+    def accumulate(self, op: str, lhs: Array, rhs: Array | None = None) -> Array:
+        """The int32 accumulators of `op` for given codes, from the op's own kernel; see `_ort_forced`.
+
+        Raises:
+            UnsupportedError: unknown, or it does not run on integers in this artifact.
+            DataError: codes of the wrong type, shape or number.
+        """
+        self._open()
+        if self._forced is None:
+            self._forced = ForcedOps(self._model, self._artifact.info, self._threads)
+        return self._forced.accumulate(op, lhs, rhs)
+
+    def audit(self) -> Audit:
+        """Every contraction, as the optimized graph executes it."""
+        self._open()
+        return audit_graph(self._model, self._path, self._artifact.info, RUNTIME.version())
+
+    def close(self) -> None:
+        """Free the sessions. A closed one refuses to run."""
+        self._session = self._tapped = self._forced = self._loaded = None
+
+    def precision(self) -> str:
+        """What the model says that it was exported for, "" where it says nothing."""
+        return str(self._open().get_modelmeta().custom_metadata_map.get("s2d.precision", ""))
+
+    def _open(self) -> Any:
+        if self._session is None:
+            raise ArtifactError(message("this session is closed", fix="open the artifact again"))
+        return self._session
+
+    @property
+    def _model(self) -> onnx.ModelProto:
+        if self._loaded is None:
+            self._loaded = load_model(self._path)
+        return self._loaded
+
+    def _check(self, feeds: Feeds) -> None:
+        require_feeds(feeds, list(self._inputs))
+        for name, given in self._inputs.items():
+            array, expected = feeds[name], _TYPES.get(given.type)
+            if expected is not None and array.dtype != expected:
+                raise DataError(
+                    message(f"input {name!r}: wrong dtype", expected=np.dtype(expected).name, found=array.dtype.name)
+                )
+            # A dynamic dimension is a name, or None where the model does not name it.
+            fits = len(array.shape) == len(given.shape) and all(
+                not isinstance(want, int) or want == got for want, got in zip(given.shape, array.shape, strict=True)
+            )
+            if not fits:
+                expected_shape = "x".join(str(d) if d is not None else "?" for d in given.shape)
+                found_shape = "x".join(map(str, array.shape)) or "a scalar"
+                raise DataError(message(f"input {name!r}: wrong shape", expected=expected_shape, found=found_shape))
+
+
+class OrtRuntime:
+    """See `s2d_deploy.session.Runtime`."""
+
+    name = "ort"
+
+    def available(self) -> str | None:
+        """None where onnxruntime can be imported (it is not imported for the answer)."""
+        if find_spec("onnxruntime") is not None:
+            return None
+        return message("onnxruntime is not installed", fix="pip install 's2d-deploy[ort]'")
+
+    def version(self) -> str:
+        """The version of onnxruntime, "" where it is not installed."""
+        for name in _DISTRIBUTIONS:
+            try:
+                return version(name)
+            except PackageNotFoundError:
+                continue
+        return ""
+
+    def device(self) -> str:
+        """The CPU with its byte dot product; a session uses as many threads as `open` is given."""
+        return f"cpu: {byte_dot_product() or 'no byte dot product'}"
+
+    def rung(self, precision: str) -> Rung | None:
+        """W8A8 is native; 4-bit codes are multiplied exactly by 8-bit units."""
+        return _RUNGS.get(precision)
+
+    def open(self, artifact: Artifact, *, threads: int) -> OrtSession:
+        """Load an artifact on `threads` threads.
+
+        Raises:
+            RuntimeUnavailable: onnxruntime is not installed.
+            DeviceUnavailable: it lacks a provider that the artifact asks for.
+            ArtifactError: missing, truncated, foreign, or of another precision.
+        """
+        if (reason := self.available()) is not None:
+            raise RuntimeUnavailable(reason)
+        if artifact.target != self.name or "model" not in artifact.files:
+            raise ArtifactError(
+                message(
+                    f"{artifact.folder}: not an artifact of ONNX Runtime",
+                    expected="target 'ort' with a file in the role 'model'",
+                    found=f"target {artifact.target!r}, roles {', '.join(sorted(artifact.files)) or 'none'}",
+                    fix="build it for the target 'ort'",
+                )
+            )
+        path = artifact.path("model")
+        if not path.is_file():
+            raise ArtifactError(message(f"{path}: no such file", fix="build the artifact again"))
+        session = OrtSession(artifact, threads)
+        found = session.precision()
+        if found != artifact.precision:
+            session.close()
+            raise ArtifactError(
+                message(
+                    f"{path}: not the model that this artifact describes",
+                    expected=f"s2d.precision {artifact.precision!r} in its metadata",
+                    found=repr(found) if found else "none: the file is foreign",
+                    fix="build the artifact again",
+                )
+            )
+        return session
+
+
+RUNTIME = OrtRuntime()
+
+
+def _run(session: Any, names: list[str], feeds: Feeds) -> list[Array]:
+    try:
+        return list(session.run(names, dict(feeds)))
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        shapes = ", ".join(f"{name} {tuple(array.shape)}" for name, array in feeds.items())
+        raise DataError(
+            message(
+                f"onnxruntime cannot run the model on {shapes}",
+                found=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:400]}",
+                fix="feed shapes that the model was exported for",
+            )
+        ) from error
