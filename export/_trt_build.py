@@ -71,7 +71,9 @@ def _run(request: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         ask.write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "s2d_deploy.export._trt_worker", str(ask)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False
+            )
         except subprocess.TimeoutExpired as error:
             raise StageError(
                 message(
@@ -154,7 +156,9 @@ def build_refusal(model: onnx.ModelProto, log: Sequence[str]) -> str:
         fix = f"keep the layer float with quantize.overrides: {{{layer!r}: fp32}}, or leave tensorrt out of targets"
     else:
         fix = "leave tensorrt out of targets, or this precision out of quantize.precisions"
-    return message(f"TensorRT's builder refuses {f'layer {layer!r}' if layer else 'the network'}", found=reason, fix=fix)
+    return message(
+        f"TensorRT's builder refuses {f'layer {layer!r}' if layer else 'the network'}", found=reason, fix=fix
+    )
 
 
 def layer_of(model: onnx.ModelProto, node: onnx.NodeProto | None) -> str | None:

@@ -5,17 +5,18 @@ INT8 and only warns, so codes above 127 would saturate in silence. So every quan
 with codes that stay exact:
 
 - **Activation codes are stored less their zero point**, ``t = code - zero_point``. Where every t fits INT8 (all 4-bit
-  grids, signed 8-bit with zero point 0, unsigned 8-bit with zero point 128), the pair becomes ``Clip`` to the grid's ends
-  + INT8 Q/DQ. The ends are grid points, so clamping before rounding equals clamping after it.
+  grids, signed 8-bit with zero point 0, unsigned 8-bit with zero point 128), the pair becomes ``Clip`` to the grid's
+  ends + INT8 Q/DQ. The ends are grid points, so clamping before rounding equals clamping after it.
 - **Where t does not fit** (attention probabilities as UINT8: 0..255), t is shifted by a whole number o and quantized as
   ``u = clip(round(x / s)) - o`` with scale 1; the product gets back ``o * s * sum_k W[k, n]``. The product is on exact
-  INT8 codes; the added term is float and differs from the reference by rounding only. It costs TensorRT's fused attention kernel.
-- **Weights of 4 bits stay INT4** for MatMul: TensorRT keeps them packed and casts them to INT8 in front of the product. A Conv
-  takes no INT4 weights, so its codes are stored one in each byte.
+  INT8 codes; the added term is float and differs from the reference by rounding only. TensorRT then runs attention as
+  two INT8 products instead of its one fused kernel.
+- **Weights of 4 bits stay INT4** for MatMul: TensorRT keeps them packed and casts them to INT8 in front of the
+  product. A Conv takes no INT4 weights, so its codes are stored one in each byte.
 - **A per-token scale** moves behind its product, which then runs on codes.
 
-Lost: TensorRT's quantizer multiplies by the rounded reciprocal of the scale where ONNX divides, so a value within an ULP
-of a rounding boundary may get the neighbouring code.
+Lost: TensorRT's quantizer multiplies by the rounded reciprocal of the scale where ONNX divides, so a value within an
+ULP of a rounding boundary may get the neighbouring code.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ class _Graph:
             self.stored[name] = self.model.graph.initializer[-1]
         return name
 
-    def insert(self, after: onnx.NodeProto | None, before: onnx.NodeProto | None, nodes: Iterable[onnx.NodeProto]) -> None:
+    def insert(
+        self, after: onnx.NodeProto | None, before: onnx.NodeProto | None, nodes: Iterable[onnx.NodeProto]
+    ) -> None:
         """Put `nodes` behind `after`, or in front of `before` (the graph stays topologically sorted)."""
         every = self.model.graph.node
         anchor = before if before is not None else after
@@ -113,15 +116,20 @@ def write_dialect(source: Path, target: Path) -> onnx.ModelProto:
     target.parent.mkdir(parents=True, exist_ok=True)
     model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     onnx.checker.check_model(model, full_check=False)
-    if model.ByteSize() > 1 << 30:
-        onnx.save_model(model, target, save_as_external_data=True, location=f"{target.name}.data")
-    else:
-        onnx.save_model(model, target)
+    save(model, target)
     return model
 
 
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write `model`; weights beyond 1 GiB go to ``<path>.data``."""
+    if model.ByteSize() > 1 << 30:
+        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data")
+    else:
+        onnx.save_model(model, path)
+
+
 def widen_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Store per-channel INT4 weight codes one in each byte, in place: faster to use, twice the size, the same numbers."""
+    """Store per-channel INT4 weight codes one in each byte, in place: twice the size, no unpacking, same numbers."""
     g = _Graph(model)
     g.index()
     for node in model.graph.node:
@@ -144,7 +152,9 @@ def _move_token_scales(g: _Graph) -> None:
         if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.input[0] in g.stored:
             continue
         raw = f"{product.output[0]}.unscaled"
-        after = helper.make_node("Mul", [raw, scaling.input[1]], [product.output[0]], name=f"{product.name}.token_scale")
+        after = helper.make_node(
+            "Mul", [raw, scaling.input[1]], [product.output[0]], name=f"{product.name}.token_scale"
+        )
         product.input[0], product.output[0] = scaling.input[0], raw
         g.insert(product, None, [after])
 
@@ -169,7 +179,7 @@ def _weights(g: _Graph) -> None:
             codes = codes - _spread(zero, codes, attributes(node))
         if codes.size and (codes.min() < INT8_MIN or codes.max() > INT8_MAX):
             g.refused.append(
-                f"{site}: 8-bit weights with zero points reach {int(codes.min())}..{int(codes.max())} less the zero point, "
+                f"{site}: 8-bit weights less their zero points reach {int(codes.min())}..{int(codes.max())}, "
                 "INT8 holds -128..127; fix: symmetric weights"
             )
             continue
@@ -195,7 +205,9 @@ def _activations(g: _Graph) -> None:
         site = _site(node)
         readers = [n for n in g.consumers.get(node.output[0], []) if n.op_type == "DequantizeLinear"]
         if len(node.input) < 3 or node.input[1] not in g.stored or g.array(node.input[1]).ndim or not readers:
-            g.refused.append(f"{site}: an activation scale that is not one constant; fix: quantize.activation_granularity: tensor")
+            g.refused.append(
+                f"{site}: an activation scale that is not one constant; fix: quantize.activation_granularity: tensor"
+            )
             continue
         scale = g.array(node.input[1]).astype(np.float32)
         container = onnx.TensorProto.DataType.Name(g.stored[node.input[2]].data_type)
@@ -288,7 +300,9 @@ def _give_back(g: _Graph, product: onnx.NodeProto, *, left: bool, step: npt.NDAr
 def _shifted(g: _Graph, value: str) -> bool:
     """Whether `value` is an activation whose codes will be, or were, shifted."""
     reader = g.producers.get(value)
-    quantizer = g.producers.get(reader.input[0]) if reader is not None and reader.op_type == "DequantizeLinear" else None
+    quantizer = (
+        g.producers.get(reader.input[0]) if reader is not None and reader.op_type == "DequantizeLinear" else None
+    )
     if reader is None or quantizer is None or quantizer.op_type != "QuantizeLinear":
         return False
     container = onnx.TensorProto.DataType.Name(g.stored[reader.input[2]].data_type)

@@ -1,8 +1,8 @@
 """The process that calls TensorRT's parser and builder: ``python -m s2d_deploy.export._trt_worker REQUEST.json``.
 
-A process of its own, because TensorRT writes to the standard error stream past its logger, can take the process with it
-when it meets a graph that it did not expect, and cannot be interrupted. The request names the ONNX file, the capabilities,
-the profile and where to write; the answer, a JSON file beside it, holds either what was built or why not.
+A process of its own, because TensorRT writes to the standard error stream past its logger, can take the process with
+it when it meets a graph that it did not expect, and cannot be interrupted. The request names the ONNX file, the
+capabilities, the profile and where to write; the answer, a JSON file beside it, holds what was built or why not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     """Parse, compile, write the engine.
 
     Args:
-        request: ``model`` (path), ``engine`` (path), ``compress``, ``capabilities`` (names as ``SM86``, or ``CURRENT``), ``shapes`` ({input: [min, opt, max]}), ``workspace_mb`` or None, ``tf32``, ``level`` or None.
+        request: ``model`` and ``engine`` (paths), ``compress``, ``capabilities`` (names as ``SM86``, or ``CURRENT``),
+            ``shapes`` ({input: [min, opt, max]}), ``workspace_mb`` or None, ``tf32``, ``level`` or None.
 
     Returns:
         ``{"stage": "done", ...}`` with layers, io, seconds and sizes, or another stage (``package``, ``capability``,
@@ -48,8 +49,13 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(request["model"]):
-        return {**answer, "stage": "parse", "parser": [_parser_error(parser, i) for i in range(parser.num_errors)], "errors": log.errors}
-    config = _config(trt, builder, network, request)
+        return {
+            **answer,
+            "stage": "parse",
+            "parser": [_parser_error(parser, i) for i in range(parser.num_errors)],
+            "errors": log.errors,
+        }
+    config = _config(trt, builder, request)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         return {**answer, "stage": "build", "errors": log.errors}
@@ -69,7 +75,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _config(trt: Any, builder: Any, network: Any, request: dict[str, Any]) -> Any:
+def _config(trt: Any, builder: Any, request: dict[str, Any]) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # or the builder prints no layer list
     if hasattr(config, "num_compute_capabilities") and hasattr(trt, "ComputeCapability"):

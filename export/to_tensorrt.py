@@ -1,8 +1,8 @@
 """Target `tensorrt`: common ONNX -> explicit Q/DQ -> one engine for a list of GPUs, built with no GPU here.
 
-The dialect (`_trt_dialect`) keeps every code exact. Rungs on TensorRT: W8A8 is native (INT8 products); W4A8 and W4A4 are
-emulated, 4-bit codes multiplied as INT8, because TensorRT has no 4-bit integer activations; W4A16 is weight-only. The
-4-bit weights lie packed in the engine, two in a byte.
+The dialect (`_trt_dialect`) keeps every code exact. Rungs on TensorRT: W8A8 is native (INT8 products); W4A8 and W4A4
+are emulated, 4-bit codes multiplied as INT8, because TensorRT has no 4-bit integer activations; W4A16 is weight-only.
+The 4-bit weights lie packed in the engine, two in a byte.
 
 One engine serves all listed compute capabilities: TensorRT-RTX stores kernels as portable programs and compiles them on
 the device, so six capabilities take no more room than one. The file is stored as ``.xz``, because those programs repeat
@@ -15,8 +15,6 @@ executed. Run as a script: ``python -m s2d_deploy.export.to_tensorrt COMMON.onnx
 from __future__ import annotations
 
 import argparse
-import lzma
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +31,7 @@ from s2d_deploy.runtimes._trt_layers import audit_layers, low_bit_bytes, parse_l
 from s2d_deploy.session import Artifact, Progress
 
 from ._trt_build import compile_engine
-from ._trt_dialect import widen_weights, write_dialect
+from ._trt_dialect import save, widen_weights, write_dialect
 from ._trt_options import Options
 
 DIALECT = "model.onnx"
@@ -93,9 +91,10 @@ class TensorRTTarget:
         if chosen.weight_storage == "int8":
             model = widen_weights(model)
             dialect = folder / DIALECT
-            onnx.save_model(model, dialect)
+            save(model, dialect)
         elif dialect.resolve() != (folder / DIALECT).resolve():
-            shutil.copyfile(dialect, folder / DIALECT)
+            dialect = folder / DIALECT
+            save(model, dialect)
         engine = folder / ("model.engine.xz" if chosen.compress else "model.engine")
         progress(f"tensorrt: building for compute capability {', '.join(chosen.compute_capabilities)}")
         answer = compile_engine(model, dialect, engine, chosen)
@@ -122,7 +121,9 @@ def _describe(model: onnx.ModelProto, answer: Mapping[str, Any], options: Option
             "name": c.node.name,
             "macs": c.macs,
             "declared": c.declared,
-            "weight": dequantizers.get(c.node.input[1], "") if c.right is not None and c.right.stored is not None else "",
+            "weight": dequantizers.get(c.node.input[1], "")
+            if c.right is not None and c.right.stored is not None
+            else "",
         }
         for c in found
     ]
@@ -134,7 +135,7 @@ def _describe(model: onnx.ModelProto, answer: Mapping[str, Any], options: Option
     if not layers:
         raise UnsupportedError(
             message(
-                f"{answer['package']} {answer['version']} printed no layer list that can be read, so the engine cannot be audited",
+                f"{answer['package']} {answer['version']} printed no layer list that can be read: nothing to audit",
                 expected="TensorRT-RTX 1.5 to 1.7, or TensorRT 10 and 11",
                 fix=package.INSTALL,
             )
@@ -159,19 +160,6 @@ def _describe(model: onnx.ModelProto, answer: Mapping[str, Any], options: Option
         "ops": ops,
         "audit": audit_layers(layers, ops, evidence).to_dict(),
     }
-
-
-def read_engine(path: Path) -> bytes:
-    """The serialized engine in a file that `build` wrote, unpacked.
-
-    Raises:
-        ArtifactError: missing or truncated.
-    """
-    try:
-        data = path.read_bytes()
-        return lzma.decompress(data) if path.suffix == ".xz" else data
-    except (OSError, lzma.LZMAError, EOFError) as error:
-        raise ArtifactError(message(f"{path}: not a whole engine file", found=str(error), fix="build it again")) from error
 
 
 EPILOG = """
@@ -206,8 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line: a common ONNX file -> an artifact folder."""
     parser = argparse.ArgumentParser(
         prog="python -m s2d_deploy.export.to_tensorrt",
-        description="Compile a common ONNX file (written by `s2d-deploy export` or export/to_onnx.py) into a TensorRT engine. "
-        "No GPU is needed to build; running the engine needs one.",
+        description="Compile a common ONNX file (written by `s2d-deploy export` or export/to_onnx.py) into a TensorRT "
+        "engine. No GPU is needed to build; running the engine needs one.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -221,9 +209,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="X.Y",
         help=f"GPUs the engine is for, or `current` (default: {' '.join(default.compute_capabilities)})",
     )
-    parser.add_argument("--batch", nargs=3, type=int, metavar=("MIN", "OPT", "MAX"), help="batch sizes (default: 1 8 32)")
     parser.add_argument(
-        "--dimension", nargs=4, action="append", default=[], metavar=("NAME", "MIN", "OPT", "MAX"), help="another dynamic dimension"
+        "--batch", nargs=3, type=int, metavar=("MIN", "OPT", "MAX"), help="batch sizes (default: 1 8 32)"
+    )
+    parser.add_argument(
+        "--dimension",
+        nargs=4,
+        action="append",
+        default=[],
+        metavar=("NAME", "MIN", "OPT", "MAX"),
+        help="another dynamic dimension",
     )
     parser.add_argument(
         "--weights",
@@ -231,7 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=default.weight_storage,
         help="how 4-bit weights lie in the engine: int4 is packed, int8 is twice as large and needs no unpacking",
     )
-    parser.add_argument("--tf32", action="store_true", help="let float products run in TF32 (faster, 10 bits of mantissa)")
+    parser.add_argument(
+        "--tf32", action="store_true", help="let float products run in TF32 (faster, 10 bits of mantissa)"
+    )
     parser.add_argument("--workspace-mb", type=int, metavar="MB", help="limit of scratch memory")
     parser.add_argument("--timeout", type=float, default=default.timeout_s, metavar="S", help="give up after S seconds")
     parser.add_argument("--no-compress", action="store_true", help="write model.engine instead of model.engine.xz")
@@ -246,7 +243,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print((artifact.folder / DESCRIPTION).read_text(encoding="utf-8"))
     else:
         shares = ", ".join(f"{share:.1%} {name}" for name, share in artifact.info["audit"]["executed"].items())
-        print(f"{artifact.path('engine')}: {artifact.precision}, {artifact.size_bytes} bytes, rung {artifact.info['rung']}")
+        print(
+            f"{artifact.path('engine')}: {artifact.precision}, {artifact.size_bytes} bytes, "
+            f"rung {artifact.info['rung']}"
+        )
         print(f"compiled, not run: {shares} of the multiply-accumulates ({artifact.info['audit']['evidence']})")
     return 0
 

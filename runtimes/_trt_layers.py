@@ -1,8 +1,8 @@
 """The layer list of a TensorRT engine -> an Audit: which types each contraction's operands have in the compiled engine.
 
-TensorRT writes the list as text, one layer to a line, twice: the builder prints it while it compiles (profiling verbosity
-DETAILED, log severity VERBOSE), which needs no GPU; the engine inspector returns it from a loaded engine, which does. Both
-are read here::
+TensorRT writes the list as text, one layer to a line, twice: the builder prints it while it compiles (profiling
+verbosity DETAILED, log severity VERBOSE), which needs no GPU; the engine inspector returns it from a loaded engine,
+which does. Both are read here::
 
     Name: fc1_myl0_17, LayerType: gemm, Inputs: [ { Name: ..., Dimensions: [-1,64], ..., Datatype: Int8, ... }],
     Constants: [ ... ], Outputs: [ ... ], TacticName: ..., StreamId: 0, Metadata: [ONNX Layer: fc1][ONNX Layer: ...]
@@ -26,8 +26,16 @@ _LAYER = re.compile(
 )
 _TENSOR = re.compile(r"\{ Name: (?P<name>[^,]*), Dimensions: \[(?P<dimensions>[^\]]*)\].*?Datatype: (?P<type>\w+)")
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_PRODUCT = re.compile(r"mha|gemm|Fc|Conv")  # in the names of generated kernels that hold a product
 _HELPERS = ("kgen", "runtime_fusion", "shape_call", "signal", "wait", "Reformat")
-_PRECISION = {"Int8": "int8", "Int4": "int4", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "FP8": "fp8"}
+_PRECISION = {
+    "Int8": "int8",
+    "Int4": "int4",
+    "Float": "float32",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "FP8": "fp8",
+}
 _LOW_BIT = ("Int4", "Int8")
 UNSEEN = "unseen"  # an op that the list does not show; counts as not executed on integers
 
@@ -59,25 +67,24 @@ class Layer:
 
 def parse_layers(text: str) -> list[Layer]:
     """Layers of TensorRT's list; lines that are no layer are passed over."""
-    found = []
-    for line in text.splitlines():
-        if match := _LAYER.match(line.strip()):
-            found.append(
-                Layer(
-                    match["name"],
-                    match["kind"],
-                    _tensors(match["inputs"]),
-                    _tensors(match["constants"]),
-                    match["tactic"],
-                    frozenset(_ONNX.findall(match["metadata"])),
-                )
-            )
-    return found
+    return [
+        Layer(
+            match["name"],
+            match["kind"],
+            _tensors(match["inputs"]),
+            _tensors(match["constants"]),
+            match["tactic"],
+            frozenset(_ONNX.findall(match["metadata"])),
+        )
+        for line in text.splitlines()
+        if (match := _LAYER.match(line.strip()))
+    ]
 
 
 def _tensors(text: str) -> tuple[Tensor, ...]:
     return tuple(
-        Tensor(tuple(int(d) for d in m["dimensions"].split(",") if d.strip()), m["type"]) for m in _TENSOR.finditer(text)
+        Tensor(tuple(int(d) for d in m["dimensions"].split(",") if d.strip()), m["type"])
+        for m in _TENSOR.finditer(text)
     )
 
 
@@ -86,7 +93,7 @@ def audit_layers(layers: Sequence[Layer], ops: Sequence[Mapping[str, Any]], evid
 
     Args:
         layers: the engine's layer list.
-        ops: contractions of the dialect: ``name``, ``macs``, ``declared``, ``weight`` (its DequantizeLinear's name, or "").
+        ops: contractions of the dialect: ``name``, ``macs``, ``declared``, ``weight`` (its DequantizeLinear, or "").
         evidence: where the list was read.
 
     Returns:
@@ -123,17 +130,14 @@ def low_bit_bytes(layers: Sequence[Layer]) -> int:
 
 
 def _computing(layers: Sequence[Layer], name: str) -> Layer | None:
-    """The layer that computes the contraction `name`; its node may also be listed with the pads and epilogues around it."""
+    """The layer that computes the contraction `name`, whose node is listed with pads and epilogues too."""
     candidates = [layer for layer in layers if name in layer.nodes]
-    for matches in (
-        lambda la: la.kind not in _HELPERS and sum(t.matrix for t in la.inputs + la.constants) >= 2,
-        lambda la: la.kind == "runtime_fusion",
-        lambda la: la.kind == "kgen" and re.search(r"mha|gemm|Fc|Conv", la.name) is not None,
-    ):
-        chosen = [layer for layer in candidates if matches(layer)]
-        if chosen:
-            return chosen[0]
-    return None
+    products = [
+        la for la in candidates if la.kind not in _HELPERS and sum(t.matrix for t in la.inputs + la.constants) >= 2
+    ]
+    fused = [la for la in candidates if la.kind == "runtime_fusion"]
+    generated = [la for la in candidates if la.kind == "kgen" and _PRODUCT.search(la.name)]
+    return next(iter([*products, *fused, *generated]), None)
 
 
 def _precision(layer: Layer) -> str:

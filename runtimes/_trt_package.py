@@ -1,7 +1,7 @@
 """Which TensorRT is installed, and its log: `tensorrt` where it imports, else `tensorrt_rtx`. Both have one Python API.
 
-The package ``tensorrt`` on PyPI is a stub that fetches its libraries elsewhere, so a found name may still fail to import;
-that counts as not installed, with the reason kept.
+The package ``tensorrt`` on PyPI is a stub that fetches its libraries elsewhere, so a found name may still fail to
+import; that counts as not installed, with the reason kept.
 """
 
 from __future__ import annotations
@@ -48,11 +48,6 @@ def load() -> Any:
             fix=INSTALL,
         )
     )
-
-
-def is_rtx(trt: Any) -> bool:
-    """Whether `trt` is TensorRT-RTX, which builds for listed compute capabilities and compiles kernels on the device."""
-    return str(trt.__name__) == "tensorrt_rtx"
 
 
 def new_log(trt: Any) -> Any:
