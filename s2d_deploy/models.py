@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,14 +60,17 @@ def load_model(section: ModelSection, checkpoint: Path | None = None, seed: int 
     torch.manual_seed(seed)
     if section.factory is not None:
         module = _from_factory(section)
+        if checkpoint is not None:
+            load_state(module, checkpoint / STATE_FILE)
+        elif section.weights is not None:
+            load_state(module, Path(section.weights))
+    elif checkpoint is not None:
+        # Through transformers: its files may name weights otherwise than the module does.
+        module = _from_pretrained(str(checkpoint), section.task)
     elif section.config is not None:
         module = _from_config(section.config, section.task)
     else:
         module = _from_pretrained(str(section.pretrained), section.task)
-    if checkpoint is not None:
-        load_state(module, checkpoint / STATE_FILE)
-    elif section.weights is not None:
-        load_state(module, Path(section.weights))
     check_finite(module)
     module = module.float().eval()
     use_visible_attention(module)
@@ -87,7 +91,8 @@ def save_checkpoint(module: nn.Module, folder: Path) -> None:
     """Write weights (and, for transformers models, the config) so that transformers loads the folder again."""
     save = getattr(module, "save_pretrained", None)
     if save is not None:
-        save(folder, safe_serialization=True)
+        with _no_progress_bars():
+            save(folder)
         return
     state = {name: tensor.contiguous() for name, tensor in _unique_state(module).items()}
     save_file(state, folder / STATE_FILE)
@@ -146,6 +151,20 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Without transformers' own bars: the pipeline has its own display."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def _unique_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict with tied tensors once (safetensors refuses shared memory)."""
     seen: dict[int, str] = {}
@@ -191,9 +210,10 @@ def _from_pretrained(source: str, task: str) -> nn.Module:
 
     try:
         config = AutoConfig.from_pretrained(source)
-        return _auto_class(config, task).from_pretrained(  # type: ignore[no-any-return]
-            source, use_safetensors=True, dtype=torch.float32
-        )
+        with _no_progress_bars():
+            return _auto_class(config, task).from_pretrained(  # type: ignore[no-any-return]
+                source, use_safetensors=True, dtype=torch.float32
+            )
     except S2DDeployError:
         raise
     except Exception as error:  # transformers raises a dozen kinds here, hub clients more
@@ -201,7 +221,7 @@ def _from_pretrained(source: str, task: str) -> nn.Module:
         raise ModelError(
             message(
                 f"model.pretrained: {source!r} cannot be loaded",
-                expected="a folder written by save_pretrained with safetensors weights, or a hub id that can be reached",
+                expected="a folder written by save_pretrained (safetensors), or a hub id that can be reached",
                 found=f"{type(error).__name__}: {reason}",
                 fix="check the path, or download the model first",
             )

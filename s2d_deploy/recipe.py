@@ -91,8 +91,8 @@ class ConditionSection(_Section):
     warmup: int = Field(20, ge=0)
     batch_size: int = Field(32, ge=1)
     n: int = Field(2, ge=1, le=8)
-    weight_decay: float = Field(5e-4, ge=0, description="lambda of the penalty")
-    decoupled_factor: float = Field(1.0, gt=0, description="multiplies lambda for the decoupled application")
+    weight_decay: float = Field(5e-4, ge=0, lt=1, description="lambda of the coupled penalty")
+    decoupled_factor: float = Field(10.0, ge=0, description="decoupled: W -= rate * factor * U S^n V^T")
     tau: float = Field(0.95, gt=0, le=1)
     k_max: int = Field(3, ge=1, le=64)
     refresh_every: int = Field(100, ge=1)
@@ -170,10 +170,18 @@ class GateSection(_Section):
     executed: float | dict[str, float] | None = Field(
         None, description="least share of declared integer MACs that ran on integers"
     )
-    latency_ratio: float | dict[str, float] | None = Field(
-        None, description="p50 over the float p50 of the same runtime"
+    top1_flip_share: float | dict[str, float] | None = Field(
+        None, description="share of decisions unlike the simulation's"
     )
-    size_ratio: float | dict[str, float] | None = Field(None, description="weight bytes over FP32 weight bytes")
+    latency_ratio: float | dict[str, float] | None = Field(None, description="latency over float's on the same runtime")
+    size_ratio: float | dict[str, float] | None = Field(None, description="artifact bytes over the float artifact's")
+    weight_ratio: float | dict[str, float] | None = Field(None, description="quantized weights' bytes over FP32 bytes")
+    decide_by: Literal["point", "interval"] = Field("point", description="compare the estimate, or its interval")
+
+    def limits_for(self, precision: str) -> dict[str, Any]:
+        """The limits that hold for one precision, as `gate.GateLimits` takes them."""
+        fields = self.model_dump()
+        return {k: v.get(precision) if isinstance(v, dict) else v for k, v in fields.items()}
 
 
 class Recipe(_Section):

@@ -6,6 +6,7 @@ third parties: a package that declares one in the groups below is found by the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -46,6 +47,11 @@ def load_target(name: str) -> Target:
         RecipeError: no such target; the message lists those there are.
     """
     return cast(Target, _load("target", name, TARGETS, TARGET_GROUP))
+
+
+def load_exporter() -> Callable[..., Any]:
+    """`export_onnx` of ``export/to_onnx.py``: torch + plan -> the common ONNX file that every target reads."""
+    return cast(Callable[..., Any], import_module("s2d_deploy.export.to_onnx").export_onnx)
 
 
 def check_target(name: str) -> None:

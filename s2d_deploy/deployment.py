@@ -1,0 +1,286 @@
+"""The stages for each target: export and build, verify, bench; and the report's rows that they make.
+
+A runtime or device that is missing gives a row that says so: "built" where an artifact exists, "unavailable" where
+none could be made, always with the reason and never with a number.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s2d_deploy.console import Step
+from s2d_deploy.errors import S2DDeployError, UnavailableError, UnsupportedError
+from s2d_deploy.evaluate import outputs
+from s2d_deploy.host import cpu_model
+from s2d_deploy.latency import measure, ratio
+from s2d_deploy.parity import output_parity, top1_flips
+from s2d_deploy.pipeline import Pipeline
+from s2d_deploy.plan import Plan
+from s2d_deploy.precision import BASELINE
+from s2d_deploy.recipe import TargetSection
+from s2d_deploy.registry import load_runtime, load_target
+from s2d_deploy.session import Artifact
+from s2d_deploy.store import Stage
+from s2d_deploy.verify import end_to_end_codes, teacher_forced
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+UNTIMED = ("reference",)
+
+
+class Deployment:
+    """One target of a pipeline.
+
+    Args:
+        pipeline: makes plans and common ONNX files.
+        section: the recipe's entry of this target.
+    """
+
+    def __init__(self, pipeline: Pipeline, section: TargetSection) -> None:
+        self.pipeline, self.section = pipeline, section
+        self.target, self.runtime = load_target(section.name), load_runtime(section.name)
+
+    def export(self, precision: str, *, build: bool = True) -> Stage:
+        """Dialect and artifact of one precision.
+
+        Raises:
+            UnsupportedError: the target cannot express the plan.
+            RuntimeUnavailable: its compiler is not installed.
+        """
+        common = self.pipeline.onnx(precision)
+        stage = "export" if build else "dialect"
+        bench = self.pipeline.recipe.bench
+        # The two batch sizes that this run will use; a target that builds for fixed shapes reads them.
+        hints = {
+            "batch_sizes": sorted(
+                {bench.batch_size, self.pipeline.recipe.data.batch_size, self.pipeline.recipe.verify.batch_size}
+            )
+        }
+
+        def work(folder: Path, step: Step) -> dict[str, Any]:
+            dialect = self.target.dialect(common.folder / "model.onnx", folder, precision=precision)
+            if not build:
+                return {"dialect": dialect.name}
+            artifact = self.target.build(
+                dialect, folder, precision=precision, options=hints | self.section.options, progress=step
+            )
+            step.note = f"{artifact.size_bytes / 1024:.0f} KiB"
+            return {"files": artifact.files, "info": artifact.info, "size_bytes": artifact.size_bytes}
+
+        key = {
+            "onnx": common.sha256,
+            "options": self.section.options,
+            "hints": hints,
+            "runtime": self.runtime.version(),
+            "cpu": cpu_model(),
+        }
+        return self.pipeline._stage(f"{stage}/{self.section.name}/{precision}", key, work)
+
+    def artifact(self, precision: str) -> Artifact:
+        """The built artifact."""
+        stage = self.export(precision)
+        return Artifact(stage.folder, self.section.name, precision, stage.info["files"], stage.info["info"])
+
+    def verify(self, precision: str) -> Stage:
+        """Run the artifact: metric on the test split, teacher-forced and end-to-end parity, audit.
+
+        Raises:
+            UnavailableError: it cannot run here.
+        """
+        artifact, pipeline = self.artifact(precision), self.pipeline
+        recipe = pipeline.recipe
+
+        def work(folder: Path, step: Step) -> dict[str, Any]:
+            plan = pipeline.plan(precision)
+            simulated = pipeline.simulated(precision)
+            wanted, name = pipeline.simulated_outputs(precision), pipeline.model.output
+            with self.runtime.open(artifact, threads=recipe.bench.threads) as session:
+                audit = session.audit()
+                total, done = len(wanted), 0
+
+                def on_batch(n: int) -> None:
+                    nonlocal done
+                    done += n
+                    step.advance(done, total, "measuring the metric")
+
+                output = outputs(session.run, name, pipeline.test_batches(), on_batch)
+                parity = output_parity(wanted, output, name=name)
+                if recipe.model.task == "image-classification":
+                    parity["top1_flips"] = top1_flips(wanted, output)
+                if plan.sites:
+                    samples = min(recipe.verify.samples, pipeline.data.test.size)
+                    size = min(recipe.verify.batch_size, samples)
+                    index = list(range(samples))
+                    step("teacher-forced accumulators")
+                    parity |= teacher_forced(session, simulated, plan, pipeline.data.test.load(index[:size]), step)
+                    step("codes end to end")
+                    groups = [index[i : i + size] for i in range(0, samples, size)]
+                    parity |= end_to_end_codes(session, simulated, (pipeline.data.test.load(g) for g in groups))
+            np.savez(folder / "outputs.npz", output=output)
+            measured = pipeline.score(output)
+            step.note = f"measured {measured.value:.2f}; {_parity_words(parity)}"
+            return {
+                "audit": audit.to_dict(),
+                "rung": audit.rung,
+                "executed": audit.executed,
+                "parity": parity,
+                "measured": measured.value,
+                "per_sample": measured.per_sample.tolist(),
+            }
+
+        key = {
+            "export": self.export(precision).sha256,
+            "quantize": pipeline.quantize(precision).sha256,
+            "verify": recipe.verify.model_dump(),
+            "threads": recipe.bench.threads,
+            "runtime": self.runtime.version(),
+            "device": self.runtime.device(),
+        }
+        return pipeline._stage(f"verify/{self.section.name}/{precision}", key, work)
+
+    def bench(self, precisions: list[str]) -> Stage:
+        """Latency of all `precisions`, interleaved in one process, the float baseline among them."""
+        pipeline, section = self.pipeline, self.pipeline.recipe.bench
+        artifacts = {p: self.artifact(p) for p in precisions}
+
+        def work(_folder: Path, step: Step) -> dict[str, Any]:
+            batch = pipeline.data.test.load(list(range(min(section.batch_size, pipeline.data.test.size))))
+            feeds = {name: tensor.numpy() for name, tensor in batch.items()}
+            with ExitStack() as stack:
+                sessions = {
+                    p: stack.enter_context(self.runtime.open(a, threads=section.threads)) for p, a in artifacts.items()
+                }
+                stats = measure(
+                    {p: partial(s.run, feeds) for p, s in sessions.items()},
+                    warmup=section.warmup,
+                    min_samples=section.min_samples,
+                    min_seconds=section.min_seconds,
+                    max_seconds=section.max_seconds,
+                    progress=step,
+                )
+            result: dict[str, Any] = {"latency": {}, "speedup": {}}
+            for p, s in stats.items():
+                result["latency"][p] = s.to_dict(threads=section.threads, batch=len(next(iter(feeds.values()))))
+                if p != BASELINE and BASELINE in stats:
+                    r = ratio(stats[BASELINE], s)
+                    result["speedup"][p] = {"median": r.median, "ci": [r.lo, r.hi]}
+            step.note = ", ".join(f"{p} {s.p50_ms:.3g} ms" for p, s in stats.items())
+            return result
+
+        key = {
+            "exports": {p: self.export(p).sha256 for p in precisions},
+            "bench": section.model_dump(),
+            "runtime": self.runtime.version(),
+            "device": self.runtime.device(),
+            "cpu": cpu_model(),
+        }
+        return pipeline._stage(f"bench/{self.section.name}", key, work)
+
+    # ---- the report's rows ----------------------------------------------------------------------------------
+
+    def rows(self, *, bench: bool = True) -> list[Row]:
+        """One row for each precision, the baseline first.
+
+        Raises:
+            UnavailableError: the target is required, but cannot be built or run here.
+        """
+        rows = {p: self._row(p) for p in self.pipeline.precisions}
+        timed = [p for p, row in rows.items() if row["status"] == "measured"]
+        if bench and timed and self.section.name not in UNTIMED:
+            info = self.bench(timed).info
+            for p in timed:
+                rows[p]["latency_ms"] = info["latency"][p]
+                speedup = info["speedup"].get(p)
+                if speedup is not None:
+                    rows[p] |= {"speedup_over_float": speedup["median"], "speedup_ci": speedup["ci"]}
+        elif timed and self.section.name in UNTIMED:
+            for p in timed:
+                rows[p]["reason"] = "latency is not measured: the integer reference is slow on purpose"
+        float_size = rows[BASELINE].get("size_bytes")
+        for row in rows.values():
+            row["float_size_bytes"] = float_size
+        return list(rows.values())
+
+    def _row(self, precision: str) -> Row:
+        row: Row = {
+            "target": self.section.name,
+            "runtime": f"{self.section.name} {self.runtime.version()}".strip(),
+            "device": self.runtime.device(),
+            "precision": precision,
+            "status": "unavailable",
+            "reason": None,
+        }
+        try:
+            exported = self.export(precision)
+        except (UnsupportedError, UnavailableError) as error:
+            return self._unavailable(row, error)
+        info = exported.info
+        row |= {
+            "status": "built",
+            "size_bytes": info["size_bytes"],
+            **_weight_bytes(self.pipeline.plan(precision), info["info"]),
+        }
+        for name in ("compute_capabilities", "audit", "rung"):
+            if name in info["info"]:
+                row[name] = info["info"][name]
+        simulated = self.pipeline.quantize(precision).info
+        row["metric"] = {
+            "name": simulated["metric"],
+            "n": simulated["n"],
+            "float": self.pipeline.quantize(BASELINE).info["value"],
+            "simulated": simulated["value"],
+            "measured": None,
+        }
+        reason = self.runtime.available()
+        if reason is not None:
+            if self.section.required:
+                raise UnavailableError(f"target {self.section.name!r} is required by the recipe: {reason}")
+            return row | {"reason": reason}
+        try:
+            info = self.verify(precision).info
+        except UnavailableError as error:
+            if self.section.required:
+                raise
+            return row | {"reason": str(error)}
+        baseline = self.pipeline.score(self.pipeline.simulated_outputs(BASELINE))
+        row["metric"] |= {
+            "measured": info["measured"],
+            "per_sample_float": baseline.per_sample.tolist(),
+            "per_sample_measured": info["per_sample"],
+        }
+        return row | {
+            "status": "measured",
+            **{k: info[k] for k in ("audit", "rung", "executed", "parity")},
+        }
+
+    def _unavailable(self, row: Row, error: S2DDeployError) -> Row:
+        if self.section.required:
+            raise error
+        log.info("%s %s: %s", row["target"], row["precision"], error)
+        return row | {"reason": str(error)}
+
+
+def _parity_words(parity: Mapping[str, Any]) -> str:
+    if "accumulators_checked" not in parity:
+        return "float"
+    return f"{parity['accumulators_different']} of {parity['accumulators_checked']} accumulators differ"
+
+
+def _weight_bytes(plan: Plan, info: Mapping[str, Any]) -> Row:
+    """Bytes of the quantized weights in FP32, and in the artifact where the target says."""
+    float_bytes = sum(4 * op.k * op.n for op in plan.ops.values() if f"{op.name}.weight" in plan.sites)
+    if not float_bytes:
+        return {}
+    stored = info.get("weight_size_bytes")
+    row: Row = {"weight_float_size_bytes": float_bytes}
+    if stored is not None:
+        row |= {"weight_size_bytes": stored, "weight_ratio": stored / float_bytes}
+    return row

@@ -1,0 +1,346 @@
+"""The stages that make the model: train, condition, calibrate, quantize, common ONNX. Resumed by their manifests.
+
+    train -> condition -> calibrate -> quantize/<p> -> onnx/<p>   (then `deployment`, for each target)
+
+A stage's key holds the recipe section it reads, the digest of the stages before it and the versions that
+matter, so a changed recipe redoes exactly what it touches. Each stage is one method and holds no logic of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from s2d_deploy import __version__
+from s2d_deploy.calibrate import Calibration, calibrate
+from s2d_deploy.condition import condition
+from s2d_deploy.console import Display, Step
+from s2d_deploy.data import Batch, Dataset, load_data
+from s2d_deploy.discovery import discover
+from s2d_deploy.evaluate import Score, outputs, score, torch_run
+from s2d_deploy.host import versions
+from s2d_deploy.models import LoadedModel, load_model, save_checkpoint
+from s2d_deploy.observers import Histogram
+from s2d_deploy.plan import Op, Plan
+from s2d_deploy.precision import BASELINE
+from s2d_deploy.quantize import QuantizeConfig, build_plan
+from s2d_deploy.recipe import Recipe
+from s2d_deploy.registry import load_exporter
+from s2d_deploy.s2d import S2DConfig
+from s2d_deploy.session import Array
+from s2d_deploy.simulation import simulate
+from s2d_deploy.store import RunFolder, Stage, write_json
+from s2d_deploy.train import train
+
+_OUTPUTS = "outputs.npz"
+
+
+class Pipeline:
+    """One recipe in one run folder.
+
+    Args:
+        recipe: the resolved recipe.
+        store: the entered run folder, claimed for the recipe.
+        display: where progress is shown.
+    """
+
+    def __init__(self, recipe: Recipe, store: RunFolder, display: Display) -> None:
+        self.recipe, self.store, self.display = recipe, store, display
+        self._stages: dict[str, Stage] = {}
+
+    # ---- what the stages read -------------------------------------------------------------------------------
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The recipe's data, checked."""
+        base = self._untrained
+        return load_data(
+            self.recipe.data,
+            image_size=base.image_size,
+            channels=base.channels,
+            classes=base.classes,
+            model_source=base.source,
+        )
+
+    @cached_property
+    def _untrained(self) -> LoadedModel:
+        return load_model(self.recipe.model, seed=self.recipe.train.seed if self.recipe.train else 0)
+
+    @cached_property
+    def original(self) -> LoadedModel:
+        """The float model before conditioning."""
+        if self.recipe.train is None:
+            return self._untrained
+        return load_model(self.recipe.model, checkpoint=self.train().folder)
+
+    @cached_property
+    def model(self) -> LoadedModel:
+        """The float model that is deployed: after conditioning."""
+        stage = self.condition()
+        return load_model(self.recipe.model, checkpoint=stage.folder)
+
+    @cached_property
+    def ops(self) -> dict[str, Op]:
+        """Its contractions."""
+        return discover(self.model.module, next(iter(self.data.test.batches(1))))
+
+    def plan(self, precision: str) -> Plan:
+        """The plan of a precision; the baseline's has no sites."""
+        return Plan.load(self.quantize(precision).folder)
+
+    def simulated(self, precision: str) -> nn.Module:
+        """The simulation of a precision."""
+        return simulate(self.model.module, self.plan(precision)).eval()
+
+    def simulated_outputs(self, precision: str) -> Array:
+        """The simulation's outputs on the test split."""
+        with np.load(self.quantize(precision).folder / _OUTPUTS, allow_pickle=False) as file:
+            output: Array = file["output"]
+            return output
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The baseline, then what the recipe asks for."""
+        return (BASELINE, *self.recipe.quantize.precisions)
+
+    def test_batches(self) -> Iterator[Batch]:
+        """The test split."""
+        return self.data.test.batches(self.recipe.data.batch_size)
+
+    def score(self, output: Array) -> Score:
+        """Score outputs on the test split; the reference is the model before conditioning."""
+        return score(self.recipe.model.task, output, self._reference, self.data.test.labels, self._mask)
+
+    @cached_property
+    def _reference(self) -> Array:
+        model = self.original
+        return outputs(torch_run(model.module, model.output), model.output, self.test_batches())
+
+    @cached_property
+    def _mask(self) -> Array | None:
+        parts = [b["attention_mask"].numpy() for b in self.test_batches() if "attention_mask" in b]
+        return np.concatenate(parts) if parts else None
+
+    # ---- stages ---------------------------------------------------------------------------------------------
+
+    def train(self) -> Stage:
+        """Train the embedded model from scratch; its checkpoint loads with transformers again."""
+        section = self.recipe.train
+        if section is None:
+            raise RuntimeError("this recipe trains nothing")
+
+        def work(folder: Path, step: Step) -> dict[str, Any]:
+            model = self._untrained
+            losses = train(model.module, model.output, self.data.train, section, step.advance)
+            save_checkpoint(model.module, folder)
+            return {"losses": losses}
+
+        key = {"model": _dump(self.recipe.model), "train": _dump(section), "data": self.data.fingerprint}
+        return self._stage("train", key, work)
+
+    def condition(self) -> Stage:
+        """Condition the weights with S2D (or copy them, for method none)."""
+        section = self.recipe.condition
+        decoupled = section.application == "decoupled"
+
+        def work(folder: Path, step: Step) -> dict[str, Any]:
+            module, samples = self.original.module, self.data.calibration
+            if section.method == "none" or section.steps == 0:
+                save_checkpoint(module, folder)
+                return {"method": "none"}
+            config = S2DConfig(
+                n=section.n,
+                weight_decay=section.weight_decay,
+                tau=section.tau,
+                k_max=section.k_max,
+                refresh_every=section.refresh_every,
+                application=section.application,
+                decoupled_factor=section.decoupled_factor if decoupled else 0.0,
+            )
+            epochs = iter(range(1_000_000))
+
+            def epoch_batches() -> Iterator[Batch]:
+                seed = section.seed * 10_007 + next(epochs)
+                if section.objective == "task":
+                    return self.data.train.labelled_batches(section.batch_size, shuffle_seed=seed)
+                return self.data.train.batches(section.batch_size, shuffle_seed=seed)
+
+            result = condition(
+                module,
+                section.objective,
+                epoch_batches,
+                list(samples.batches(self.recipe.data.batch_size)),
+                config,
+                steps=section.steps,
+                lr=section.learning_rate,
+                warmup=section.warmup,
+                seed=section.seed,
+                metric=lambda m: (
+                    self.score(
+                        outputs(torch_run(m, self.original.output), self.original.output, self.test_batches())
+                    ).value
+                ),
+                progress=lambda done, total, loss: step.advance(done, total, f"loss {loss:.4f}"),
+            )
+            save_checkpoint(module, folder)
+            write_json(folder / "conditioning.json", result.to_dict())
+            return {"method": result.method, "findings": result.findings}
+
+        _ = self._reference  # before the weights are changed in place
+        key = {
+            "model": _dump(self.recipe.model),
+            "weights": weights_sha256(self.original.module),
+            "condition": _dump(section),
+            "data": self.data.fingerprint,
+        }
+        stage = self._stage("condition", key, work)
+        if not stage.cached:
+            self.__dict__.pop("original", None)  # it was conditioned in place; load it anew when asked for
+            if self.recipe.train is None:
+                self.__dict__.pop("_untrained", None)
+        return stage
+
+    def calibrate(self) -> Stage:
+        """One pass over the calibration samples, for the conditioned model and for the original."""
+
+        def work(folder: Path, step: Step) -> dict[str, Any]:
+            batches = self.data.calibration.batches
+            size = self.recipe.data.batch_size
+            calibrate(self.model.module, self.ops, batches(size), step).save(folder / "calibration.safetensors")
+            calibrate(self.original.module, self.ops, batches(size), step).save(folder / "before.safetensors")
+            return {"samples": self.data.calibration.size}
+
+        key = {
+            "condition": self.condition().sha256,
+            "data": self.data.fingerprint,
+            "before": weights_sha256(self.original.module),
+        }
+        return self._stage("calibrate", key, work)
+
+    def ranges(self) -> list[dict[str, Any]]:
+        """Activation ranges of every site before and after conditioning, for the report."""
+        folder = self.calibrate().folder
+        before = Calibration.load(folder / "before.safetensors").histograms
+        after = Calibration.load(folder / "calibration.safetensors").histograms
+        return [
+            {
+                "site": site,
+                "layer": site.rpartition(".")[0],
+                "before": _spread(before[site]),
+                "after": _spread(after[site]),
+            }
+            for site in after
+            if site in before
+        ]
+
+    def quantize(self, precision: str) -> Stage:
+        """Plan and simulated outputs of one precision; for the baseline an empty plan and the float outputs."""
+        section = self.recipe.quantize
+        config = QuantizeConfig(
+            weights=section.weights,
+            activations=section.activations,
+            percentile=section.percentile,
+            activation_granularity=section.activation_granularity,
+            activation_symmetric=section.activation_symmetric,
+            block_size=section.block_size,
+            attention=section.attention,
+            skip=section.skip,
+            overrides=section.overrides,
+        )
+
+        def work(folder: Path, step: Step) -> dict[str, Any]:
+            if precision == BASELINE:
+                plan = Plan(BASELINE, dict(self.ops))
+            else:
+                statistics = Calibration.load(self.calibrate().folder / "calibration.safetensors")
+                plan = build_plan(self.model.module, self.ops, statistics, precision, config)
+            plan.save(folder)
+            step("simulating")
+            module = simulate(self.model.module, plan).eval()
+            total, done = self.data.test.size, 0
+
+            def on_batch(n: int) -> None:
+                nonlocal done
+                done += n
+                step.advance(done, total, "simulating")
+
+            output = outputs(torch_run(module, self.model.output), self.model.output, self.test_batches(), on_batch)
+            np.savez(folder / _OUTPUTS, output=output)
+            result = self.score(output)
+            step.note = f"simulated {result.name.removesuffix(' %')} {result.value:.2f}"
+            return {"metric": result.name, "value": result.value, "n": len(output), "plan_sha256": plan.digest()}
+
+        key = {
+            "condition": self.condition().sha256,
+            "calibrate": self.calibrate().sha256 if precision != BASELINE else None,
+            "quantize": {k: v for k, v in _dump(section).items() if k != "precisions"}
+            if precision != BASELINE
+            else None,
+            "precision": precision,
+            "test": self.recipe.data.test_samples,
+            "data": self.data.fingerprint,
+        }
+        return self._stage(f"quantize/{precision}", key, work)
+
+    def onnx(self, precision: str) -> Stage:
+        """The common ONNX file of one precision."""
+
+        def work(folder: Path, _step: Step) -> dict[str, Any]:
+            sample = next(iter(self.data.test.batches(2)))
+            dynamic = {name: {1: "sequence"} for name in sample} if self.data.max_sequence else {}
+            load_exporter()(
+                self.model.module,
+                self.plan(precision),
+                sample,
+                [self.model.output],
+                folder / "model.onnx",
+                dynamic=dynamic,
+            )
+            return {"inputs": {n: [str(t.dtype).removeprefix("torch."), list(t.shape[1:])] for n, t in sample.items()}}
+
+        return self._stage(f"onnx/{precision}", {"quantize": self.quantize(precision).sha256}, work)
+
+    def _stage(self, name: str, key: dict[str, Any], work: Any) -> Stage:
+        """Run a stage once in this process, through the store, with its line on the display."""
+        if name not in self._stages:
+            full = key | {"version": __version__, "torch": torch.__version__, "packages": _relevant_versions()}
+            with self.display.step(name) as step:
+                stage = self.store.run(name, full, lambda folder: work(folder, step))
+                if stage.cached:
+                    step.note = "already done"
+            self._stages[name] = stage
+        return self._stages[name]
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Digest of names and values of all weights: two models never share a stage."""
+    h = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        h.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
+        h.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if tensor.dim()
+            else str(tensor.item()).encode()
+        )
+    return h.hexdigest()
+
+
+def _dump(section: Any) -> dict[str, Any]:
+    document: dict[str, Any] = section.model_dump(mode="json")
+    return document
+
+
+def _spread(h: Histogram) -> dict[str, float]:
+    return {"absmax": h.absmax, "p999": h.percentile(99.9), "std": h.std, "kurtosis": h.kurtosis}
+
+
+def _relevant_versions() -> dict[str, str | None]:
+    found = versions()
+    return {name: found.get(name) for name in ("transformers", "onnx", "onnxscript")}

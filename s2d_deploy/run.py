@@ -1,0 +1,126 @@
+"""`run`: every stage of a recipe, then gates and the report. The verbs of the command line are prefixes of it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2d_deploy.deployment import UNTIMED, Deployment, Row
+from s2d_deploy.errors import S2DDeployError
+from s2d_deploy.gate import GateLimits, GateVerdict, evaluate, exit_code, overall
+from s2d_deploy.host import host_facts, versions
+from s2d_deploy.models import parameters
+from s2d_deploy.pipeline import Pipeline
+from s2d_deploy.precision import BASELINE
+from s2d_deploy.recipe import Recipe
+from s2d_deploy.report import assemble, write_reports
+from s2d_deploy.store import read_json
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        report: the report document.
+        files: report.json, report.md, report.html, junit.xml.
+        exit_code: 0 all gates passed, 1 a gate failed or is undecided.
+    """
+
+    report: dict[str, Any]
+    files: list[Path]
+    exit_code: int
+
+
+def run(pipeline: Pipeline, *, bench: bool = True, command: Sequence[str] | None = None) -> Outcome:
+    """All stages, gates and reports.
+
+    A target that breaks does not take the others with it: its error is raised after the report of the rest is written.
+
+    Raises:
+        S2DDeployError: a stage's error; what was finished before is kept.
+    """
+    recipe = pipeline.recipe
+    rows: list[Row] = []
+    errors: list[S2DDeployError] = []
+    pipeline.condition()
+    for precision in pipeline.precisions:
+        pipeline.onnx(precision)
+    for section in recipe.targets:
+        try:
+            rows += Deployment(pipeline, section).rows(bench=bench)
+        except S2DDeployError as error:
+            if len(recipe.targets) == 1:
+                raise
+            pipeline.display.say(f"error in target {section.name}: {error}")
+            errors.append(error)
+    verdicts = gates(recipe, rows)
+    document = document_of(pipeline, rows, verdicts, command)
+    files = write_reports(document, pipeline.store.root)
+    if errors:
+        raise errors[0]
+    return Outcome(document, files, exit_code(overall(verdicts)))
+
+
+def gates(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[GateVerdict]:
+    """Judge rows by the recipe's limits, precision by precision (a limit may differ between them)."""
+    required = [t.name for t in recipe.targets if t.required]
+    verdicts: list[GateVerdict] = []
+    for precision in recipe.quantize.precisions:
+        limits = recipe.gates.limits_for(precision)
+        chosen = [r for r in rows if r["precision"] in (precision, BASELINE)]
+        timed = [r for r in chosen if r["target"] not in UNTIMED]
+        for part, keep in ((timed, True), ([r for r in chosen if r["target"] in UNTIMED], False)):
+            if not part:
+                continue
+            # The integer reference has no latency to judge.
+            mine = limits if keep else limits | {"latency_ratio": None}
+            present = {r["target"] for r in part}
+            verdicts += evaluate(
+                part,
+                GateLimits.from_dict(mine),
+                required=[name for name in required if name in present] or _measured(part),
+                precisions=[precision],
+            )
+    # The baseline is read beside every precision; it is not itself on trial.
+    return [v for v in verdicts if v.precision != BASELINE]
+
+
+def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted({str(r["target"]) for r in rows if r["status"] == "measured" and r["precision"] != BASELINE})
+
+
+def document_of(
+    pipeline: Pipeline, rows: Sequence[Row], verdicts: Sequence[GateVerdict], command: Sequence[str] | None
+) -> dict[str, Any]:
+    """The report document of a run."""
+    recipe = pipeline.recipe
+    conditioned = pipeline.condition()
+    path = conditioned.folder / "conditioning.json"
+    conditioning = None
+    if path.is_file():
+        conditioning = read_json(path)
+        conditioning |= {
+            "application": recipe.condition.application,
+            "note": " ".join(conditioning.get("findings", [])),
+        }
+    baseline = pipeline.quantize(BASELINE).info
+    return assemble(
+        command=shlex.join(command if command is not None else ["s2d-deploy", *sys.argv[1:]]),
+        versions={k: v for k, v in versions().items() if v is not None},
+        host=host_facts(recipe.bench.threads),
+        recipe=recipe.document(),
+        model={
+            "name": recipe.name,
+            "parameters": parameters(pipeline.model.module),
+            "float_metric": {"name": baseline["metric"], "n": baseline["n"], "value": baseline["value"]},
+        },
+        conditioning=conditioning,
+        results=rows,
+        gates=[v.to_dict() for v in verdicts],
+        ranges=pipeline.ranges() if len(pipeline.precisions) > 1 else [],
+    )

@@ -1,0 +1,133 @@
+"""Tables for the terminal, as text. Numbers that nobody measured are a dash."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from s2d_deploy.diagnose import LayerDiagnosis
+
+DASH = "–"
+
+
+def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Target by precision: status, rung, metric (float, simulated, measured), parity, latency, size."""
+    table = Table(title="results", title_justify="left")
+    for name in ("target", "precision", "status", "rung"):
+        table.add_column(name, no_wrap=True)
+    for name in ("float", "simulated", "measured", "acc. diff.", "codes diff.", "p50 ms", "speedup", "KiB", "w-ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
+    reasons = []
+    for r in rows:
+        metric, parity, latency = r.get("metric") or {}, r.get("parity") or {}, r.get("latency_ms") or {}
+        size = r.get("size_bytes")
+        table.add_row(
+            r["target"],
+            r["precision"],
+            r["status"],
+            r.get("rung") or DASH,
+            number(metric.get("float"), ".2f"),
+            number(metric.get("simulated"), ".2f"),
+            number(metric.get("measured"), ".2f"),
+            number(parity.get("accumulators_different"), ",d"),
+            _share(parity.get("codes_different"), parity.get("codes_checked")),
+            number(latency.get("p50"), ".3f") + ("" if latency.get("stable", True) else " ~"),
+            number(r.get("speedup_over_float"), ".2f"),
+            number(None if size is None else size / 1024, ",.0f"),
+            number(r.get("weight_ratio"), ".3f"),
+        )
+        if r["status"] != "measured" and r.get("reason"):
+            reasons.append(f"  {r['target']} {r['precision']}: {r['status']}: {r['reason']}")
+    return _text(table) + "\n".join(_merged(reasons))
+
+
+def gates_table(gates: Sequence[Mapping[str, Any]]) -> str:
+    """Every gate with value, limit and verdict; evidence for those that did not pass."""
+    if not gates:
+        return "no gates"
+    table = Table(title="gates", title_justify="left")
+    for name in ("gate", "target", "precision", "verdict"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("value", justify="right")
+    table.add_column("limit", justify="right")
+    for g in gates:
+        table.add_row(
+            g["name"],
+            g["target"] or DASH,
+            g["precision"] or DASH,
+            g["verdict"],
+            number(g["value"], ".4g"),
+            number(g["limit"], ".4g"),
+        )
+    evidence = [
+        f"  {g['name']} {g['target']} {g['precision']}: {g['evidence']}" for g in gates if g["verdict"] != "pass"
+    ]
+    return _text(table) + "\n".join(evidence)
+
+
+def diagnosis_table(layers: Iterable[LayerDiagnosis]) -> str:
+    """Layers, worst first."""
+    table = Table(title="diagnosis", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for name in ("flagged", "PCDR", "sigma max", "max |output|", "kurtosis"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in sorted((x.to_dict() for x in layers), key=lambda d: -d["max_abs_activation"]):
+        table.add_row(
+            layer["name"],
+            f"k = {layer['k_target']}" if layer["flagged"] else DASH,
+            " ".join(f"{p:.2f}" for p in layer["pcdr"]),
+            number(layer["sigma_max"], ".2f"),
+            number(layer["max_abs_activation"], ".2f"),
+            number(layer["kurtosis"], ".1f"),
+        )
+    return _text(table)
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
+    """Two runs side by side."""
+    table = Table(title=f"{first}  |  {second}", title_justify="left")
+    for name in ("target", "precision", "figure"):
+        table.add_column(name, no_wrap=True)
+    for name in ("first", "second", "change"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["target"],
+            row["precision"],
+            row["figure"],
+            number(row["first"], ".4g"),
+            number(row["second"], ".4g"),
+            number(row["change"], "+.4g"),
+        )
+    return _text(table)
+
+
+def number(value: Any, form: str) -> str:
+    """`value` formatted, a text as it is, a dash for None."""
+    if value is None:
+        return DASH
+    return format(value, form) if isinstance(value, int | float) else str(value)
+
+
+def _share(part: int | None, whole: int | None) -> str:
+    return DASH if part is None or not whole else f"{part:,d} ({100 * part / whole:.2g} %)"
+
+
+def _merged(reasons: list[str]) -> list[str]:
+    """One line where several precisions of a target have the same reason."""
+    groups: dict[str, list[str]] = {}
+    for line in reasons:
+        head, _, reason = line.strip().partition(": ")
+        target, precision = head.split(" ", 1)
+        groups.setdefault(f"{target}\0{reason}", []).append(precision)
+    return [f"  {key.split(chr(0))[0]} {', '.join(p)}: {key.split(chr(0))[1]}" for key, p in groups.items()]
+
+
+def _text(table: Table) -> str:
+    buffer = StringIO()
+    Console(file=buffer, width=150, highlight=False).print(table)
+    return buffer.getvalue()
