@@ -98,6 +98,19 @@ class ConditionSection(_Section):
     refresh_every: int = Field(100, ge=1)
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> ConditionSection:
+        if self.method != "none" and self.steps and self.warmup >= self.steps:
+            raise ValueError(
+                message(
+                    "condition.warmup does not end before the steps do",
+                    expected=f"less than condition.steps = {self.steps}",
+                    found=str(self.warmup),
+                    fix=f"set condition.warmup={self.steps // 10}",
+                )
+            )
+        return self
+
 
 class QuantizeSection(_Section):
     """Ranges and layers."""
