@@ -170,10 +170,10 @@ def _stored_behind(
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
-    bits = {onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4}.get(tensor.data_type)
-    if bits is None:
-        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return (math.prod(tensor.dims) * bits + 7) // 8
+    narrow = tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    bits = 4 if narrow else 8 * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    elements: int = math.prod(tensor.dims)
+    return (elements * bits + 7) // 8
 
 
 def _checked(path: Path, precision: str) -> onnx.ModelProto:

@@ -2,14 +2,14 @@
 
 The cut takes the op's kernel with the artifact's own stored weights and zero points, the Cast that unpacks them, and
 the nodes that rearrange its bytes. ``MatMulIntegerToFloat`` multiplies its int32 accumulators by scales before it shows
-them, so two nodes run on the same inputs:
+them, so two models run on the same inputs:
 
 - ``MatMulInteger``: the same integer matrix product of ONNX Runtime, shown as int32;
 - the artifact's ``MatMulIntegerToFloat`` with both scales 1 and no bias: its accumulators, rounded to float32.
 
 Where the second is not the first rounded to float32, the artifact's own kernel is believed and its value returned, so
-that a comparison with the reference shows the difference. A float32 holds integers exactly up to 2**24 (16.8 million), so
-beyond that the second sees differences of a few units only. ``ConvInteger`` shows its int32 itself.
+that a comparison with the reference shows the difference. A float32 holds integers exactly up to 2**24 (16.8 million);
+beyond that the second sees no difference that is smaller than its rounding. ``ConvInteger`` shows its int32 itself.
 """
 
 from __future__ import annotations
@@ -22,15 +22,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from s2d_deploy.errors import DataError, UnsupportedError, message
-from s2d_deploy.export._ort_rewrite import CONTAINER, PART, SHIFT, STORAGE
-from s2d_deploy.export._ort_surgery import in_order
 from s2d_deploy.qgraph import initializers, metadata
 from s2d_deploy.session import Array
 
-from ._ort_loading import session_of
+from ._ort_loading import CONTAINER, PART, SHIFT, STORAGE, session_of
 
 _KERNELS = ("MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
-_FUSED, _INT32 = "accumulators.fused", "accumulators.int32"
+_RAW, _RESULT, _ONE = "accumulators.raw", "accumulators", "one"
 
 
 class ForcedOps:
@@ -41,7 +39,7 @@ class ForcedOps:
         self._stored = initializers(model)
         self._producers = {value: node for node in model.graph.node for value in node.output}
         self._ops = {p["s2d.op"]: n for n in model.graph.node if "s2d.op" in (p := metadata(n))}
-        self._sessions: dict[str, tuple[Any, list[onnx.NodeProto]]] = {}
+        self._cuts: dict[str, tuple[list[Any], list[onnx.NodeProto]]] = {}
 
     def accumulate(self, op: str, lhs: Array, rhs: Array | None) -> Array:
         """int32 accumulators of `op`; see `s2d_deploy.session.Session.accumulate`.
@@ -51,7 +49,7 @@ class ForcedOps:
             DataError: codes of the wrong type, shape or number.
         """
         kernel = self._kernel(op)
-        session, sites = self._session(op, kernel)
+        sessions, sites = self._cut(op, kernel)
         given = [lhs] if rhs is None else [lhs, rhs]
         if len(given) != len(sites):
             raise DataError(
@@ -63,20 +61,18 @@ class ForcedOps:
             )
         feeds = {site.output[0]: _shifted(site, codes) for site, codes in zip(sites, given, strict=True)}
         try:
-            found = dict(zip([o.name for o in session.get_outputs()], session.run(None, feeds), strict=True))
+            result, *fused = (np.asarray(session.run(None, feeds)[0]) for session in sessions)
         except Exception as error:  # onnxruntime's exceptions share no base class
             shapes = ", ".join(str(codes.shape) for codes in given)
             raise DataError(
                 message(f"op {op!r}: codes of shape {shapes} do not fit", found=str(error)[:300])
             ) from error
-        result: Array = found[_INT32]
-        fused = found.get(_FUSED)
-        if fused is not None and not np.array_equal(fused, result.astype(np.float32)):
-            return fused.astype(np.int64).astype(np.int32)
+        if fused and not np.array_equal(fused[0], result.astype(np.float32)):
+            return fused[0].astype(np.int64).astype(np.int32)
         return result
 
     def _kernel(self, op: str) -> onnx.NodeProto:
-        node = self._ops.get(op)
+        node: onnx.NodeProto | None = self._ops.get(op)
         if node is None or node.op_type not in _KERNELS:
             known = [name for name, n in self._ops.items() if n.op_type in _KERNELS]
             raise UnsupportedError(
@@ -90,36 +86,40 @@ class ForcedOps:
             )
         return node
 
-    def _session(self, op: str, kernel: onnx.NodeProto) -> tuple[Any, list[onnx.NodeProto]]:
-        if op not in self._sessions:
-            model, sites = self._cut(op, kernel)
-            self._sessions[op] = session_of(model, self._info, self._threads), sites
-        return self._sessions[op]
+    def _cut(self, op: str, kernel: onnx.NodeProto) -> tuple[list[Any], list[onnx.NodeProto]]:
+        """The sessions of one op (int32 accumulators, then the fused kernel's), and its sites' nodes: left first."""
+        if op not in self._cuts:
+            before: list[onnx.NodeProto] = []
+            sites = [s for value in kernel.input[:2] if (s := self._ancestors(value, before)) is not None]
+            kinds = {node.op_type: node for node in _arithmetic(kernel)}
+            models = [self._model_of(op, kernel, node, before, sites) for node in kinds.values()]
+            self._cuts[op] = [session_of(model, self._info, self._threads) for model in models], sites
+        return self._cuts[op]
 
-    def _cut(self, op: str, kernel: onnx.NodeProto) -> tuple[onnx.ModelProto, list[onnx.NodeProto]]:
-        """The model of one op, and the nodes that make its operands' codes: left first."""
-        before: list[onnx.NodeProto] = []
-        sites = [s for value in kernel.input[:2] if (s := self._ancestors(value, before)) is not None]
-        nodes = [*before, *self._arithmetic(kernel)]
-        made = {value for node in nodes for value in node.output}
-        kinds = {_INT32: TensorProto.INT32, _FUSED: TensorProto.FLOAT}
-        outputs = [(name, kind) for name, kind in kinds.items() if f"{name}.raw" in made]
+    def _model_of(
+        self,
+        op: str,
+        kernel: onnx.NodeProto,
+        arithmetic: onnx.NodeProto,
+        before: list[onnx.NodeProto],
+        sites: list[onnx.NodeProto],
+    ) -> onnx.ModelProto:
         after = [n for n in self._model.graph.node if metadata(n).get(PART) == op and n not in before]
-        for name, _ in outputs:
-            nodes += _copies(after, kernel.output[0], name)
+        nodes = [*reversed(before), arithmetic, *_moves(after, kernel.output[0])]
         used = {value for node in nodes for value in node.input}
         constants = [t for name, t in self._stored.items() if name in used]
-        constants.append(numpy_helper.from_array(np.float32(1).reshape(()), "one"))
+        constants.append(numpy_helper.from_array(np.ones((), np.float32), _ONE))
         inputs = [helper.make_tensor_value_info(s.output[0], _container(s), None) for s in sites]
-        shown = [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs]
-        graph = helper.make_graph(in_order(nodes), "accumulate", inputs, shown, constants)
+        kind = TensorProto.FLOAT if arithmetic.op_type == "MatMulIntegerToFloat" else TensorProto.INT32
+        shown = [helper.make_tensor_value_info(_RESULT, kind, None)]
+        graph = helper.make_graph(nodes, "accumulate", inputs, shown, constants)
         model = helper.make_model(graph, opset_imports=list(self._model.opset_import))
         model.ir_version = self._model.ir_version
-        return model, sites
+        return model
 
     def _ancestors(self, value: str, nodes: list[onnx.NodeProto]) -> onnx.NodeProto | None:
-        """Collect what lies between `value` and the site whose codes it is, and return that site; None for a weight."""
-        node = self._producers.get(value)
+        """Collect what lies behind `value`, last first, back to the site whose codes it is; None for a weight."""
+        node: onnx.NodeProto | None = self._producers.get(value)
         if node is None:
             return None
         if SHIFT in metadata(node):
@@ -127,39 +127,40 @@ class ForcedOps:
         nodes.append(node)
         return self._ancestors(node.input[0], nodes)
 
-    def _arithmetic(self, kernel: onnx.NodeProto) -> list[onnx.NodeProto]:
-        if kernel.op_type != "MatMulIntegerToFloat":
-            node = onnx.NodeProto()
-            node.CopyFrom(kernel)
-            node.output[0] = f"{_INT32}.raw"
-            return [node]
-        inputs = [*kernel.input, "", ""][:6]
-        left, right, left_zero, right_zero = inputs[0], inputs[1], inputs[4], inputs[5]
-        operands = [left, right, left_zero, right_zero]
-        fused = [left, right, "one", "one", left_zero, right_zero]
-        for names in (operands, fused):
-            while not names[-1]:
-                names.pop()
-        return [
-            helper.make_node("MatMulInteger", operands, [f"{_INT32}.raw"]),
-            helper.make_node("MatMulIntegerToFloat", fused, [f"{_FUSED}.raw"], domain=kernel.domain),
-        ]
+
+def _arithmetic(kernel: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The kernel as nodes that show its accumulators as `_RAW`."""
+    if kernel.op_type != "MatMulIntegerToFloat":
+        node = onnx.NodeProto()
+        node.CopyFrom(kernel)
+        node.output[0] = _RAW
+        return [node]
+    left, right, _, _, left_zero, right_zero = [*kernel.input, "", ""][:6]
+    operands = [left, right, left_zero, right_zero]
+    fused = [left, right, _ONE, _ONE, left_zero, right_zero]
+    for names in (operands, fused):
+        while not names[-1]:
+            names.pop()
+    return [
+        helper.make_node("MatMulInteger", operands, [_RAW]),
+        helper.make_node("MatMulIntegerToFloat", fused, [_RAW], domain=kernel.domain),
+    ]
 
 
-def _copies(after: list[onnx.NodeProto], value: str, prefix: str) -> list[onnx.NodeProto]:
-    """The chain of rearranging nodes `after` the kernel, from ``<prefix>.raw`` to `prefix`."""
+def _moves(after: list[onnx.NodeProto], value: str) -> list[onnx.NodeProto]:
+    """The chain of rearranging nodes that follows the kernel's output `value`, from `_RAW` to `_RESULT`."""
     chain: list[onnx.NodeProto] = []
-    current = f"{prefix}.raw"
+    current = _RAW
     while (node := next((n for n in after if n.input[0] == value), None)) is not None:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         value = node.output[0]
-        copy.name, copy.input[0], copy.output[0] = f"{prefix}.{node.name}", current, f"{prefix}.{value}"
-        current = copy.output[0]
+        copy.input[0], current = current, f"{_RAW}.{value}"
+        copy.output[0] = current
         chain.append(copy)
     if not chain:
-        return [helper.make_node("Identity", [current], [prefix])]
-    chain[-1].output[0] = prefix
+        return [helper.make_node("Identity", [current], [_RESULT])]
+    chain[-1].output[0] = _RESULT
     return chain
 
 

@@ -11,14 +11,20 @@ import onnx
 
 from s2d_deploy.errors import ArtifactError, DeviceUnavailable, message
 
-_ERRORS_ONLY = 3  # onnxruntime's log severity; below it, it writes to stderr about its own optimizations
+from ._cpu_features import byte_dot_product
+
+_FATAL_ONLY = (
+    4  # onnxruntime's log severity: what it logs as an error it raises as well, and ours is the message to read
+)
 _IN_MEMORY_BELOW = 1 << 30  # bytes; a protobuf ends at 2 GB
-CONFIG = {
-    # Without VNNI, x86 multiplies UINT8 x INT8 with 16-bit sums that saturate; this takes the exact kernel there.
-    "session.x64quantprecision": "1",
-    # INT4 Q/DQ that onnxruntime fuses to MatMulNBits would get level 4: activations rounded to INT8.
-    "session.qdq_matmulnbits_accuracy_level": "1",
-}
+# INT4 Q/DQ that onnxruntime fuses to MatMulNBits would get level 4: activations rounded to INT8.
+_FLOAT_ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "1")
+# Without VNNI, x86 multiplies UINT8 x INT8 with 16-bit sums that saturate; this takes the exact UINT8 x UINT8 kernel.
+# It is not for processors with VNNI: onnxruntime would obey there too, and multiply 1.5 times as slowly for nothing.
+# What the dialect writes into ``metadata_props``; s2d_deploy/export/_ort_rewrite.py defines it, a test compares.
+PART = "s2d.part"
+STORAGE, SHIFT, CONTAINER = "s2d.storage", "s2d.shift", "s2d.container"
+_EXACT_WITHOUT_VNNI = ("session.x64quantprecision", "1")
 
 
 def new_session(model: Path | bytes, info: Mapping[str, Any], threads: int, optimized: Path | None = None) -> Any:
@@ -59,9 +65,10 @@ def new_session(model: Path | bytes, info: Mapping[str, Any], threads: int, opti
         "basic": levels.ORT_ENABLE_BASIC,
         "disable": levels.ORT_DISABLE_ALL,
     }[info.get("graph_optimization_level", "all")]
-    options.log_severity_level = _ERRORS_ONLY
-    for key, value in CONFIG.items():
-        options.add_session_config_entry(key, value)
+    options.log_severity_level = _FATAL_ONLY
+    options.add_session_config_entry(*_FLOAT_ACTIVATIONS)
+    if byte_dot_product() is None:
+        options.add_session_config_entry(*_EXACT_WITHOUT_VNNI)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         key = "session.optimized_model_external_initializers"

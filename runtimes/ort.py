@@ -20,14 +20,13 @@ import numpy as np
 import onnx
 
 from s2d_deploy.errors import ArtifactError, DataError, RuntimeUnavailable, message
-from s2d_deploy.export._ort_rewrite import SHIFT, STORAGE
 from s2d_deploy.qgraph import load_model, metadata
 from s2d_deploy.session import Array, Artifact, Audit, Feeds, Rung, require_feeds
 
 from ._cpu_features import byte_dot_product
 from ._ort_audit import audit_graph
 from ._ort_forced import ForcedOps
-from ._ort_loading import new_session, session_of
+from ._ort_loading import SHIFT, STORAGE, new_session, session_of
 
 _RUNGS: dict[str, Rung] = {
     "fp32": "float",
