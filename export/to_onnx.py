@@ -164,6 +164,7 @@ def _trace(module: nn.Module, sample: Mapping[str, Tensor], outputs: Sequence[st
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore", FutureWarning)  # of torch's own tree specs
+            warnings.filterwarnings("ignore", message=r"# The axis name", category=UserWarning)  # two inputs, one batch
             return torch.onnx.export(
                 module,
                 tuple(sample.values()),
