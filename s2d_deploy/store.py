@@ -147,7 +147,8 @@ class RunFolder:
     def claim(self, recipe_document: dict[str, Any], update: bool = False) -> None:
         """Tie the folder to a resolved recipe, or check that it already is.
 
-        With `update` another recipe replaces the recorded one; stages whose keys change are redone.
+        With `update`, or while no stage is finished, another recipe replaces the recorded one; stages whose keys
+        change are redone.
 
         Raises:
             RecipeError: the folder holds another recipe; the differing keys are listed.
@@ -161,7 +162,7 @@ class RunFolder:
             changes = differences(recorded, recipe)
             if not changes:
                 return
-            if not update:
+            if not update and self._has_stages():
                 shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
                 raise RecipeError(
                     message(
@@ -181,6 +182,10 @@ class RunFolder:
                 "recipe": recipe,
             },
         )
+
+    def _has_stages(self) -> bool:
+        """Whether any stage was finished; a folder without one may be claimed anew."""
+        return any(path.parent != self.root for path in self.root.glob(f"*/**/{MANIFEST}"))
 
     def path(self, name: str) -> Path:
         """The folder of stage `name`.
