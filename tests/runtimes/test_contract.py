@@ -177,7 +177,7 @@ def test_accumulators_are_exact(runtime, session, exported, model, precision):
     rng = np.random.default_rng(0)
     for c in operations:
         real = [x.codes[_site(x, c, i)].astype(o.zero_point.dtype) for i, o in _activations(c)]
-        # The ends of the grid only: sums as large as they get, where kernels that saturate pairs of products are caught.
+        # The ends of the grid only: sums as large as they get, where kernels that saturate pairs of them are caught.
         grids = [x.plan.sites[_site(x, c, i)].grid for i, _ in _activations(c)]
         ends = [rng.choice([g.qmin, g.qmax], size=r.shape).astype(r.dtype) for g, r in zip(grids, real, strict=True)]
         for operands in (real, ends):
