@@ -67,16 +67,18 @@ class GraphImporter:
         names, variables = self._parameters()
         values: dict[str, Any] = dict(zip(self.graph.inputs, inputs, strict=True))
         delegate = _delegate(self.builder, self.graph.opset)
-        with self.builder.function(name, params=[*inputs, *variables.values()]), self.builder.dataflow():
-            for constant, tensor in self.graph.constants.items():
-                if constant in variables:
-                    values[constant] = variables[constant]
-                elif constant in self._used:
-                    values[constant] = relax.const(_plain(self.graph.array(constant), tensor.data_type))
-            for node in self.nodes:
-                self._convert(node, values, variables, delegate)
-            results = [values[o] for o in outputs]
-            out = self.builder.emit_output(relax.Tuple(results))
+        used = self._read | set(self.graph.outputs)
+        with self.builder.function(name, params=[*inputs, *variables.values()]):
+            with self.builder.dataflow():
+                for constant, tensor in self.graph.constants.items():
+                    if constant in variables:
+                        values[constant] = variables[constant]
+                    elif constant in used:
+                        values[constant] = relax.const(_plain(self.graph.array(constant), tensor.data_type))
+                for node in self.nodes:
+                    self._convert(node, values, variables, delegate)
+                results = [values[o] for o in outputs]
+                out = self.builder.emit_output(relax.Tuple(results))
             self.builder.emit_func_output(out)
         gvar = self.builder.get().get_global_var(name)
         function = self.builder.get()[gvar].with_attr("num_input", len(inputs))
@@ -84,8 +86,13 @@ class GraphImporter:
         return names
 
     @property
-    def _used(self) -> set[str]:
-        return {i for n in self.nodes for i in n.input} | set(self.graph.outputs)
+    def _read(self) -> set[str]:
+        """Values that nodes read, apart from what products have packed."""
+        read: set[str] = set()
+        for node in self.nodes:
+            product = self.products[node.name][0] if node.name in self.products else None
+            read |= set(node.input) if product is None else {product.left, product.right or "", *node.input[2:]}
+        return read
 
     def _variable(self, name: str, shape: tuple[int, ...], dtype: str) -> Any:
         from tvm import relax
@@ -96,19 +103,30 @@ class GraphImporter:
     def _parameters(self) -> tuple[list[str], dict[str, Any]]:
         """Every stored tensor that the nodes read, as variables by name; the arrays go to the store."""
         found: dict[str, Array] = {}
-        own = {p.left for p, _ in self.products.values()} | {p.right for p, _ in self.products.values() if p.right}
+        read = self._read
         for node in self.nodes:
             if node.name in self.products:
                 found |= product_params(*self.products[node.name])
             for value in node.input:
-                is_product = node.name in self.products
-                if value in self.graph.constants and (not is_product or value in own or value in node.input[2:]):
+                if value in self.graph.constants and value in read and value not in found:
                     array = _plain(self.graph.array(value), self.graph.types[value])
-                    if array.size > _INLINE and (array.dtype.kind == "f" or node.op_type in _TENSOR_READERS):
+                    scale = node.op_type in _SCALED and value == node.input[1]
+                    if scale or array.size > _INLINE and (array.dtype.kind == "f" or node.op_type in _TENSOR_READERS):
                         found[value] = array
-        for name, array in found.items():
-            self.store.setdefault(name, array)
-        return list(found), {n: self._variable(n, a.shape, a.dtype.name) for n, a in found.items()}
+        names = [self._stored_name(name, array) for name, array in found.items()]
+        return names, {n: self._variable(n, a.shape, a.dtype.name) for n, a in found.items()}
+
+    def _stored_name(self, name: str, array: Array) -> str:
+        """Where `array` lies in the store; what was folded for one batch size may differ from another's."""
+        unique, i = name, 1
+        while unique in self.store:
+            other = self.store[unique]
+            if other is array or (other.dtype == array.dtype and np.array_equal(other, array)):
+                return unique
+            i += 1
+            unique = f"{name}@{i}"
+        self.store[unique] = array
+        return unique
 
     def _convert(self, node: onnx.NodeProto, values: dict[str, Any], variables: dict[str, Any], delegate: Any) -> None:
         if node.name in self.products:
@@ -157,6 +175,17 @@ class GraphImporter:
             lambda t: te.compute(t.shape, lambda *i: function(t[i]), name=name), x, primfunc_name_hint=name
         )
 
+    def _scaled(self, function: Callable[[Any, Any], Any], inputs: list[Any], name: str) -> Any:
+        """Elementwise with a scale of rank 0: a parameter, so that equal layers share one function."""
+        from tvm import te
+
+        return self.builder.emit_te(
+            lambda t, s: te.compute(t.shape, lambda *i: function(t[i], s[()]), name=name),
+            inputs[0],
+            inputs[1],
+            primfunc_name_hint=name,
+        )
+
     def _constant(self, node: onnx.NodeProto, position: int) -> Array:
         name = node.input[position] if position < len(node.input) else ""
         if name not in self.graph.constants:
@@ -186,13 +215,13 @@ class GraphImporter:
             return clamped.astype("int32").astype(dtype)
 
         if scale.ndim == 0:
-            s, z = tirx.const(float(scale), "float32"), tirx.const(float(zero), "float32")
-            return [self._elementwise(lambda x: code(x, s, z), inputs[0], "quantize")]
+            z = tirx.const(float(zero), "float32")
+            return [self._scaled(lambda x, s: code(x, s, z), inputs, "quantize")]
         place = _scale_index(values, len(self.graph.shapes[node.input[0]]), scale.ndim)
         out = self.builder.emit_te(
             lambda x, s, z: te.compute(x.shape, lambda *i: code(x[i], s[place(i)], z[place(i)]), name="quantize"),
             inputs[0],
-            _const(scale),
+            inputs[1],
             _const(zero),
             primfunc_name_hint="quantize",
         )
@@ -201,20 +230,20 @@ class GraphImporter:
     def _dequantize(self, node: onnx.NodeProto, inputs: list[Any]) -> list[Any]:
         from tvm import te, tirx
 
-        scale = self._constant(node, 1).astype(np.float32)
+        scale = self._constant(node, 1)
         zero = self._constant(node, 2).astype(np.int32) if len(node.input) > 2 else np.zeros(scale.shape, np.int32)
 
         def value(code: Any, s: Any, z: Any) -> Any:
             return (code.astype("int32") - z).astype("float32") * s
 
         if scale.ndim == 0:
-            s, z = tirx.const(float(scale), "float32"), tirx.const(int(zero), "int32")
-            return [self._elementwise(lambda x: value(x, s, z), inputs[0], "dequantize")]
+            z = tirx.const(int(zero), "int32")
+            return [self._scaled(lambda x, s: value(x, s, z), inputs, "dequantize")]
         place = _scale_index(attributes(node), len(self.graph.shapes[node.input[0]]), scale.ndim)
         out = self.builder.emit_te(
             lambda x, s, z: te.compute(x.shape, lambda *i: value(x[i], s[place(i)], z[place(i)]), name="dequantize"),
             inputs[0],
-            _const(scale),
+            inputs[1],
             _const(zero),
             primfunc_name_hint="dequantize",
         )
@@ -273,6 +302,7 @@ _OPERATORS: dict[str, Callable[[GraphImporter, onnx.NodeProto, list[Any]], list[
     **dict.fromkeys(_ELEMENTWISE, GraphImporter._simple),
 }
 # Integer constants are parameters only where they are data; elsewhere TVM's importer wants to see axes and shapes.
+_SCALED = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _TENSOR_READERS = frozenset({"DequantizeLinear"})
 
 
@@ -303,6 +333,7 @@ def _live(graph: StaticGraph, products: dict[str, tuple[Product, Stored | None]]
 def _delegate(builder: Any, opset: int) -> Callable[[onnx.NodeProto, list[Any], dict[str, Any]], list[Any]]:
     """TVM's own converter for one node."""
     from tvm import relax
+    from tvm.ir import GenericConst
     from tvm.relax.frontend.onnx.onnx_frontend import ONNXGraphImporter, onnx_input
 
     importer = ONNXGraphImporter({}, {}, sanitize=False)
@@ -319,7 +350,7 @@ def _delegate(builder: Any, opset: int) -> Callable[[onnx.NodeProto, list[Any], 
             result = importer._convert_operator(node.op_type, given, parsed, opset)
         if isinstance(result, relax.Tuple):
             return [builder.emit(f) if not isinstance(f, relax.Var) else f for f in result.fields]
-        bound = result if isinstance(result, relax.Var | relax.Constant | relax.ShapeExpr) else builder.emit(result)
+        bound = result if isinstance(result, relax.Var | GenericConst | relax.ShapeExpr) else builder.emit(result)
         if isinstance(bound.ty, relax.TupleType):
             return [builder.emit(relax.TupleGetItem(bound, i)) for i in range(len(bound.ty.fields))]
         return [bound]

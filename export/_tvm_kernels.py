@@ -112,7 +112,7 @@ def integer_kernel(isa: Isa, panels: Panels, batch: int, rows: int, zero: int) -
 
     if panels.bits == 4:
 
-        @T.prim_func(s_tir=True)
+        @T.prim_func(private=True, s_tir=True)
         def kernel(
             a: T.Buffer((batch, rows, panels.depth), "uint8"),
             b: T.Buffer((batch, count, stored_runs, line), stored),
@@ -140,7 +140,7 @@ def integer_kernel(isa: Isa, panels: Panels, batch: int, rows: int, zero: int) -
     def panel_of(b: Any, n: Any, p: Any) -> Any:
         return _View(b, n, p)
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(private=True, s_tir=True)
     def kernel8(
         a: T.Buffer((batch, rows, panels.depth), "uint8"),
         b: T.Buffer((batch, count, stored_runs, line), stored),
@@ -200,7 +200,7 @@ def float_kernel(isa: Isa, panels: Panels, batch: int, rows: int) -> Any:
                     T.ramp((r * vectors + v) * lanes, 1, lanes)
                 ]
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(private=True, s_tir=True)
     def kernel(
         a: T.Buffer((batch, rows, panels.depth), "float32"),
         b: T.Buffer((batch, count, runs, line), "float32"),

@@ -180,9 +180,16 @@ def token_operands(graph: StaticGraph) -> dict[str, Token]:
 
 
 def lower_product(
-    graph: StaticGraph, contraction: Contraction, tokens: dict[str, Token], isa: Isa
+    graph: StaticGraph, contraction: Contraction, tokens: dict[str, Token], isa: Isa, packed: dict[str, Stored | None]
 ) -> tuple[Product, Stored | None]:
     """Decide how `contraction` is compiled, and pack what it stores.
+
+    Args:
+        graph: it lies in.
+        contraction: of the common file.
+        tokens: see `token_operands`.
+        isa: what the kernels are generated for.
+        packed: what was packed for another batch size, by name; used again, and filled here.
 
     Raises:
         UnsupportedError: a convolution with ``auto_pad``; the message names it.
@@ -240,16 +247,22 @@ def lower_product(
         token_scale=token.scale if token is not None and reads_codes else None,
         note=note,
     )
-    if constant:
-        weights = _as_matrices(graph.array(right_name).astype(np.float32), window)
-        return product, Stored(panels.pack(weights))
-    if quantized_right is None:
-        return product, None
-    if arithmetic == "weight-only":
-        return product, _weight_only(product, quantized_right)
+    if product.name not in packed:
+        weights = graph.array(right_name) if constant else None
+        packed[product.name] = _store(product, left, quantized_right, weights)
+    return product, packed[product.name]
+
+
+def _store(product: Product, left: Operand | None, right: Operand | None, weights: Array | None) -> Stored | None:
+    if weights is not None:
+        return Stored(product.panels.pack(_as_matrices(weights.astype(np.float32), product.window)))
+    if right is None:
+        return None
+    if product.arithmetic == "weight-only":
+        return _weight_only(product, right)
     if left is None:
         raise TypeError("an integer product has two quantized operands")
-    return product, _integer(product, left, quantized_right)
+    return _integer(product, left, right)
 
 
 def _samples(graph: StaticGraph) -> int:

@@ -20,7 +20,7 @@ def layer_norm_kernel(rows: int, width: int, epsilon: float) -> Any:
     whole, left = width // _LANES, width % _LANES
     base = whole * _LANES
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(private=True, s_tir=True)
     def layer_norm(
         x: T.Buffer((rows, width), "float32"),
         gamma: T.Buffer((width,), "float32"),
@@ -72,7 +72,7 @@ def softmax_kernel(rows: int, width: int) -> Any:
     base = whole * _LANES
     lowest = -3.4028234663852886e38
 
-    @T.prim_func(s_tir=True)
+    @T.prim_func(private=True, s_tir=True)
     def softmax(x: T.Buffer((rows, width), "float32"), o: T.Buffer((rows, width), "float32")):
         T.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
         for row in T.parallel(rows):

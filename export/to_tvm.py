@@ -1,0 +1,242 @@
+"""Common ONNX -> TVM: a shared library and packed parameters that run without a compiler.
+
+Integer contractions run on kernels of our own that are generated for the target's byte dot product: weights are stored
+as 4-bit codes, two a byte (8-bit: one), unpacked inside the kernel; accumulators are int32 and exact. Everything between
+them is FP32: sums in another order, exponentials by polynomials (errors in `_tvm_math.py`), nothing else is lost.
+
+TVM builds for fixed shapes: one entry for each batch size that the options list. The runtime serves other batch sizes
+by splitting and padding, which changes no sample's result.
+
+Run as a script: ``python -m s2d_deploy.export.to_tvm COMMON.onnx OUT_FOLDER``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from s2d_deploy.errors import RecipeError, RuntimeUnavailable, S2DDeployError, UnsupportedError, message
+from s2d_deploy.qgraph import initializers, load_model, metadata
+from s2d_deploy.session import Artifact, Progress
+
+from ..runtimes._tvm_artifact import FILES, LIBRARY, PARAMETERS, write_description
+from ._tvm_isa import NATIVE
+
+DEFAULT_BATCHES = (1,)
+_OPTIONS = ("batch", "shapes", "device")
+
+
+class TvmTarget:
+    """Implements `session.Target` for TVM."""
+
+    name = "tvm"
+
+    def dialect(self, model: Path, folder: Path, *, precision: str) -> Path:  # noqa: ARG002 - the protocol's
+        """Check that every quantizer of the common file can be compiled, and copy it: TVM reads it as it is.
+
+        Raises:
+            ArtifactError: `model` is no ONNX file.
+            UnsupportedError: a quantizer with scales that are neither stored nor per token; every one is named.
+        """
+        proto = load_model(model)
+        stored = initializers(proto)
+        offenders = [
+            node.name
+            for node in proto.graph.node
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+            and any(value and value not in stored for value in node.input[1:])
+        ]
+        if offenders:
+            raise UnsupportedError(
+                message(
+                    "quantizers that TVM cannot express",
+                    expected="stored scales and zero points, or per-token scales as the common file writes them",
+                    found=", ".join(offenders),
+                    fix="calibrate them, or use a per-token grid",
+                )
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (model, model.with_name(f"{model.name}.data")):
+            if file.is_file() and file.resolve() != (folder / file.name).resolve():
+                shutil.copyfile(file, folder / file.name)
+        return folder / model.name
+
+    def build(
+        self,
+        dialect: Path,
+        folder: Path,
+        *,
+        precision: str,
+        options: Mapping[str, Any],
+        progress: Progress,
+    ) -> Artifact:
+        """Compile `dialect` into ``model.so``, ``params.safetensors`` and ``model.json`` inside `folder`.
+
+        Args:
+            dialect: the file that `dialect` wrote.
+            folder: exists.
+            precision: name for the manifest.
+            options: ``batch``: a size or a list of sizes (default 1); ``shapes``: sizes of further dynamic dimensions,
+                by name; ``device``: ``"native"`` (default), or ``"llvm -mcpu=... -mattr=... -mtriple=..."``.
+            progress: is told what is being done.
+
+        Raises:
+            RecipeError: an unknown option, or a wrong value.
+            RuntimeUnavailable: TVM, or a linker, is not installed.
+            UnsupportedError: an operator cannot be compiled; the message names it.
+        """
+        batches, sizes, device = _options(options)
+        from ._tvm_build import compile_model, require_compiler
+
+        require_compiler()
+        built = compile_model(load_model(dialect), batches, sizes, device, progress)
+        progress("TVM: linking")
+        _link(built.executable, folder / LIBRARY, built.description["target"])
+        from safetensors.numpy import save_file
+
+        save_file(built.parameters, folder / PARAMETERS)
+        write_description(folder, built.description)
+        description = built.description
+        info = {
+            "batches": description["batches"],
+            "target": description["target"],
+            "isa": description["isa"],
+            "features": description["features"],
+            "tvm": description["tvm"],
+            "notes": [f"{name}: {op['note']}" for name, op in description["ops"].items() if op["note"]],
+        }
+        return Artifact(folder, self.name, precision, dict(FILES), info)
+
+
+def _options(options: Mapping[str, Any]) -> tuple[list[int], dict[str, int], str]:
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        raise RecipeError(
+            message(f"unknown option {unknown[0]!r} for TVM", expected=f"any of {', '.join(_OPTIONS)}")
+        )
+    batch = options.get("batch", DEFAULT_BATCHES)
+    batches = [batch] if isinstance(batch, int) else list(batch)
+    sizes = dict(options.get("shapes") or {})
+    wrong = [b for b in [*batches, *sizes.values()] if not isinstance(b, int) or isinstance(b, bool) or b < 1]
+    if wrong or not batches:
+        raise RecipeError(
+            message("TVM builds for batch sizes and shapes of at least 1", found=", ".join(map(repr, wrong)) or "none")
+        )
+    return sorted(set(batches)), sizes, str(options.get("device", NATIVE))
+
+
+def _link(executable: Any, path: Path, target: Mapping[str, Any]) -> None:
+    """Link the compiled functions into a shared library.
+
+    Raises:
+        RuntimeUnavailable: no linker for the target.
+    """
+    from tvm.support import cc
+
+    if cc.get_cc() is None:
+        raise RuntimeUnavailable(
+            message(
+                "TVM needs a linker to write a shared library, and no C compiler is on PATH",
+                expected="one of g++, gcc, clang++, clang, c++, cc, or the variable CXX",
+                fix="install one, for example `apt install gcc` or `conda install gxx`",
+            )
+        )
+    try:
+        executable.export_library(str(path), options=["-s"])  # without symbol tables: they weigh more than the code
+    except RuntimeError as error:
+        raise RuntimeUnavailable(
+            message(
+                f"the linker refused TVM's object file for {dict(target)}",
+                found=str(error).strip().splitlines()[-1],
+                fix="set CXX to a compiler for that target",
+            )
+        ) from error
+
+
+TARGET = TvmTarget()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: a common ONNX file becomes an artifact; prints its size and what it executes."""
+    parser = argparse.ArgumentParser(
+        prog="python -m s2d_deploy.export.to_tvm",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Compile a common ONNX file (written by s2d_deploy.export.to_onnx) with TVM into OUT_FOLDER:\n"
+            "  model.so             compiled functions and the program that calls them\n"
+            "  params.safetensors   weights as the kernels read them; 4-bit codes lie two a byte\n"
+            "  model.json           inputs, batch sizes, entries, required processor features"
+        ),
+        epilog=(
+            "The result needs TVM's runtime only, no compiler:\n\n"
+            "  import json, numpy, tvm\n"
+            "  from safetensors.numpy import load_file\n"
+            '  about = json.load(open("OUT_FOLDER/model.json"))\n'
+            '  vm = tvm.relax.VirtualMachine(tvm.runtime.load_module("OUT_FOLDER/model.so"), tvm.cpu())\n'
+            '  stored = load_file("OUT_FOLDER/params.safetensors")\n'
+            '  names = about["functions"]["run_1"]["parameters"]\n'
+            "  parameters = tuple(tvm.runtime.tensor(stored[name]) for name in names)\n"
+            '  outputs = vm["run_1"](tvm.runtime.tensor(batch), parameters)\n\n'
+            "TVM_NUM_THREADS sets the number of threads.\n\n"
+            "examples:\n"
+            "  python -m s2d_deploy.export.to_tvm quantized/model.onnx out/tvm --batch 1 --batch 64\n"
+            "  python -m s2d_deploy.export.to_tvm bert/model.onnx out/tvm --shape sequence=128\n"
+            "  python -m s2d_deploy.export.to_tvm model.onnx out/tvm --device 'llvm -mcpu=x86-64-v3'"
+        ),
+    )
+    parser.add_argument(
+        "model", type=Path, metavar="COMMON.onnx", help="the common ONNX file; its metadata names the precision"
+    )
+    parser.add_argument("folder", type=Path, metavar="OUT_FOLDER", help="made where it does not exist")
+    parser.add_argument(
+        "--batch", type=int, action="append", metavar="N", help="a batch size to build for, repeatable (default: 1)"
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        default=[],
+        metavar="NAME=SIZE",
+        help="size of a further dynamic dimension, repeatable, e.g. sequence=128",
+    )
+    parser.add_argument(
+        "--device",
+        default=NATIVE,
+        help="native: the best instruction set of this machine (default); or 'llvm -mcpu=... -mattr=... -mtriple=...'",
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        options = {
+            "batch": arguments.batch or list(DEFAULT_BATCHES),
+            "shapes": dict(map(_shape, arguments.shape)),
+            "device": arguments.device,
+        }
+        precision = metadata(load_model(arguments.model)).get("s2d.precision", "fp32")
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            dialect = TARGET.dialect(arguments.model, Path(scratch), precision=precision)
+            artifact = TARGET.build(dialect, arguments.folder, precision=precision, options=options, progress=print)
+    except S2DDeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"{artifact.folder}: {artifact.size_bytes} bytes for {artifact.info['isa']}, batch sizes {artifact.info['batches']}")
+    for name in sorted(artifact.files.values()):
+        print(f"  {name}: {(artifact.folder / name).stat().st_size} bytes")
+    for note in artifact.info["notes"]:
+        print(f"  {note}")
+    return 0
+
+
+def _shape(text: str) -> tuple[str, int]:
+    name, _, size = text.partition("=")
+    if not name or not size.isdigit():
+        raise RecipeError(message(f"--shape {text!r}", expected="NAME=SIZE, for example sequence=128"))
+    return name, int(size)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,94 @@
+"""The files of a TVM artifact, read without TVM: description, parameters, and whether all of it is ours and whole.
+
+    model.json           what was built: inputs, batch sizes, entries, ops, required processor features, digests
+    model.so             TVM's VM executable: bytecode and compiled functions
+    params.safetensors   weights in the kernels' layout (4-bit codes two a byte), scales, biases
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from s2d_deploy.errors import ArtifactError, message
+from s2d_deploy.files import sha256_file
+from s2d_deploy.session import Array, Artifact
+
+FORMAT = "s2d-deploy tvm artifact"
+FORMAT_VERSION = 1
+LIBRARY, PARAMETERS, DESCRIPTION = "model.so", "params.safetensors", "model.json"
+FILES = {"library": LIBRARY, "parameters": PARAMETERS, "description": DESCRIPTION}
+_AGAIN = "build it again with `s2d-deploy build`"
+
+
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """Write ``model.json`` beside the two other files, with their digests."""
+    digests = {name: sha256_file(folder / name) for name in (LIBRARY, PARAMETERS)}
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, **description, "sha256": digests}
+    (folder / DESCRIPTION).write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read_description(artifact: Artifact) -> dict[str, Any]:
+    """``model.json``, after a check that the other files are those it describes.
+
+    Raises:
+        ArtifactError: a file is missing, truncated, foreign or changed; it is named.
+    """
+    if artifact.target != "tvm" or set(FILES) - set(artifact.files):
+        raise ArtifactError(
+            message(
+                f"{artifact.folder}: not a TVM artifact",
+                expected=f"target tvm with {', '.join(FILES.values())}",
+                found=f"target {artifact.target} with {', '.join(artifact.files.values()) or 'no files'}",
+                fix=_AGAIN,
+            )
+        )
+    path = artifact.path("description")
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            message(f"{path}: cannot be read", found=f"{type(error).__name__}: {error}", fix=_AGAIN)
+        ) from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ArtifactError(message(f"{path}: not written by s2d-deploy's TVM target", fix=_AGAIN))
+    if document.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            message(
+                f"{path}: another version of the format",
+                expected=str(FORMAT_VERSION),
+                found=str(document.get("format_version")),
+                fix=_AGAIN,
+            )
+        )
+    for role in ("library", "parameters"):
+        file = artifact.path(role)
+        found = sha256_file(file) if file.is_file() else "nothing"
+        expected = document["sha256"][FILES[role]]
+        if found != expected:
+            raise ArtifactError(
+                message(
+                    f"{file}: truncated or changed" if file.is_file() else f"{file}: missing",
+                    expected=f"SHA-256 {expected[:12]}",
+                    found=found[:12],
+                    fix=_AGAIN,
+                )
+            )
+    return document
+
+
+def read_parameters(artifact: Artifact) -> dict[str, Array]:
+    """Parameters by name.
+
+    Raises:
+        ArtifactError: not a safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = artifact.path("parameters")
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArtifactError(message(f"{path}: not a safetensors file", found=str(error), fix=_AGAIN)) from error

@@ -1,0 +1,387 @@
+"""Runtime `tvm`: the VM executable that `export/to_tvm.py` built, on this processor.
+
+- `run` calls the entry of the batch size at hand. An artifact has entries for the batch sizes it was built for; other
+  batches are cut into those, the largest first, and a rest smaller than all of them is padded with copies of its last
+  sample, whose results are dropped. No sample's result depends on its neighbours, so nothing changes.
+- `codes` calls a second entry of the same file that returns the codes, too, computed by the very functions that `run`
+  calls: codes lie in memory between functions, never inside one.
+- `accumulate` calls the integer kernel alone, the same function that `run` calls, on the artifact's packed weights.
+- `audit` says which kernel each contraction runs on, and how often its dot-product instruction stands in the assembly
+  that was read when the artifact was built (the library's digest is checked, so it is that one).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any, cast
+
+import numpy as np
+
+from s2d_deploy.errors import ArtifactError, DataError, DeviceUnavailable, RuntimeUnavailable, UnsupportedError, message
+from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung, lowest_rung, require_feeds
+
+from ._cpu_features import byte_dot_product, cpu_name, missing_features
+from ._tvm_artifact import read_description, read_parameters
+
+_RUNGS: dict[str, Rung] = {
+    "fp32": "float",
+    "w8a8": "native",
+    "w4a16": "weight-only",
+    "w4a8": "emulated",
+    "w4a4": "emulated",
+}
+_POOL = threading.Lock()
+
+
+class TvmSession:
+    """A loaded artifact; see `s2d_deploy.session.Session`. One thread at a time may call it."""
+
+    def __init__(self, artifact: Artifact, threads: int) -> None:
+        self._about = read_description(artifact)
+        _require_features(artifact, self._about)
+        stored = read_parameters(artifact)
+        _require_parameters(artifact, self._about, stored)
+        tvm = _import_tvm()
+        self.threads = _set_threads(tvm, threads)
+        self._tensor: Callable[[Array], Any] = tvm.runtime.tensor
+        try:
+            library = tvm.runtime.load_module(str(artifact.path("library")))
+            self._vm: Any = tvm.relax.VirtualMachine(library, tvm.cpu())
+        except Exception as error:
+            raise ArtifactError(
+                message(
+                    f"{artifact.path('library')}: TVM cannot load it",
+                    expected=f"a library built with TVM {self._about['tvm']}",
+                    found=f"{str(error).strip().splitlines()[-1]} (TVM {tvm.__version__})",
+                    fix="build it again with `s2d-deploy build`",
+                )
+            ) from error
+        self._wanted_threads = threads
+        self._stored = {name: self._tensor(_contiguous(array)) for name, array in stored.items()}
+        self._arguments: dict[str, tuple[Any, ...]] = {}
+        self._batches: list[int] = self._about["batches"]
+
+    def __enter__(self) -> TvmSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Outputs by name. Raises DataError for a wrong name, dtype or shape."""
+        arrays = self._checked(feeds)
+        outputs = self._in_pieces(arrays, self._samples(arrays), "run")
+        return dict(zip(self._about["outputs"], outputs, strict=True))
+
+    def codes(self, feeds: Feeds) -> dict[str, Array]:
+        """Codes at every activation site in the plan's own type; sites that share a quantizer each get them."""
+        arrays = self._checked(feeds)
+        entry = self._about["functions"].get(f"codes_{self._batches[0]}")
+        if entry is None:
+            return {}
+        values = self._in_pieces(arrays, self._samples(arrays), "codes")
+        return {site: values[place] for site, place in entry["sites"].items()}
+
+    def accumulate(self, op: str, lhs: Array, rhs: Array | None = None) -> Array:
+        """The int32 accumulators of `op` for given codes, from the op's own kernel.
+
+        Raises:
+            UnsupportedError: unknown, or it does not run on integers in this artifact.
+            DataError: codes of the wrong type, shape or number.
+        """
+        self._open()
+        entries = self._integer_op(op)
+        smallest = entries[str(self._batches[0])]
+        operands = [("lhs", lhs, smallest["left_shape"])]
+        if smallest["right_shape"] is not None:
+            if rhs is None:
+                raise DataError(message(f"op {op!r} multiplies two activations", expected="rhs codes", found="none"))
+            operands.append(("rhs", rhs, smallest["right_shape"]))
+        elif rhs is not None:
+            raise DataError(message(f"op {op!r} multiplies by its stored weight", expected="no rhs"))
+        rows = smallest["left_shape"][0] // self._batches[0] or 1
+        arrays = [self._code_operand(op, name, array, shape) for name, array, shape in operands]
+        samples = arrays[0].shape[0] // rows
+        pieces = []
+        for first, count, batch in _pieces(samples, self._batches):
+            entry = entries[str(batch)]
+            shapes = [entry["left_shape"], entry["right_shape"]]
+            given = []
+            for array, shape in zip(arrays, shapes, strict=False):
+                per_sample = array.shape[0] // samples
+                part = _padded(array[first * per_sample : (first + count) * per_sample], shape[0])
+                given.append(self._tensor(_contiguous(part)))
+            stored = [self._stored[name] for name in entry["parameters"]]
+            result = self._call(entry["function"], given, tuple(stored))[0].numpy()
+            pieces.append(result[: count * (result.shape[0] // batch)])
+        return np.concatenate(pieces)
+
+    def audit(self) -> Audit:
+        """Every contraction with its kernel and the arithmetic that it executes."""
+        self._open()
+        about, ops, rungs, notes = self._about, [], [], []
+        smallest = str(self._batches[0])
+        counts: dict[str, int] = about["disassembly"]["kernels"]
+        mnemonic: str = about["disassembly"]["mnemonic"]
+        for name, op in about["ops"].items():
+            kernel = op["kernels"][smallest]
+            ops.append(ExecutedOp(name, kernel, op["precision"], op["macs"], op["declared"]))
+            rungs.append(_executed_rung(op, bool(counts.get(kernel))))
+            if op["note"]:
+                notes.append(f"{name}: runs in FP32, because {op['note']}")
+        used = {op["kernels"][smallest] for op in about["ops"].values() if op["arithmetic"] == "integer"}
+        with_dot = sum(counts.get(kernel, 0) > 0 for kernel in used)
+        evidence = f"kernels of the VM executable built with TVM {about['tvm']} for {about['isa']}"
+        if used and mnemonic:
+            evidence += f"; its assembly holds {mnemonic} in {with_dot} of {len(used)} integer kernels"
+        elif used:
+            evidence += "; no byte dot product on this target: the integer kernels widen each product"
+        if len(self._batches) > 1 or self._batches[0] > 1:
+            notes.append(f"built for batch sizes {_listing(self._batches)}; others are split and padded")
+        declared = [r for r in rungs if r != "float"]
+        return Audit(tuple(ops), lowest_rung(declared), evidence, tuple(notes))
+
+    def close(self) -> None:
+        """Free the executable and its parameters. A closed session refuses to run."""
+        self._vm = None
+        self._stored, self._arguments = {}, {}
+
+    def precision(self) -> str:
+        """What the model says that it was exported for."""
+        return str(self._about["precision"])
+
+    def _open(self) -> Any:
+        if self._vm is None:
+            raise ArtifactError(message("this session is closed", fix="open the artifact again"))
+        return self._vm
+
+    def _call(self, entry: str, inputs: Sequence[Any], parameters: tuple[Any, ...]) -> Any:
+        _set_threads(_import_tvm(), self._wanted_threads)  # the pool is the process's: another session may have set it
+        return self._open()[entry](*inputs, parameters)
+
+    def _checked(self, feeds: Feeds) -> dict[str, Array]:
+        self._open()
+        inputs = self._about["inputs"]
+        require_feeds(feeds, [i["name"] for i in inputs])
+        for given in inputs:
+            name, array = given["name"], feeds[given["name"]]
+            if array.dtype.name != given["dtype"]:
+                raise DataError(
+                    message(f"input {name!r}: wrong dtype", expected=given["dtype"], found=array.dtype.name)
+                )
+            wanted = given["shape"]
+            if len(wanted) != array.ndim or any(w not in (-1, g) for w, g in zip(wanted, array.shape, strict=True)):
+                raise DataError(
+                    message(
+                        f"input {name!r}: a shape that this artifact was not built for",
+                        expected=_shape_text(wanted, self._about["batch_dimension"]),
+                        found="x".join(map(str, array.shape)),
+                        fix="feed that shape, or build for yours with the option `shapes`",
+                    )
+                )
+        return {i["name"]: feeds[i["name"]] for i in inputs}
+
+    def _samples(self, arrays: dict[str, Array]) -> int:
+        batched = [i["name"] for i in self._about["inputs"] if i["shape"] and i["shape"][0] == -1]
+        sizes = {name: arrays[name].shape[0] for name in batched}
+        if len(set(sizes.values())) > 1 or 0 in sizes.values():
+            found = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+            raise DataError(message("inputs must have the same number of samples, at least one", found=found))
+        return next(iter(sizes.values()), self._batches[0])
+
+    def _in_pieces(self, arrays: dict[str, Array], samples: int, kind: str) -> list[Array]:
+        batched = {i["name"] for i in self._about["inputs"] if i["shape"] and i["shape"][0] == -1}
+        results: list[list[Array]] = []
+        for first, count, batch in _pieces(samples, self._batches):
+            inputs = []
+            for name, array in arrays.items():
+                part = _padded(array[first : first + count], batch) if name in batched else array
+                inputs.append(self._tensor(_contiguous(part)))
+            entry = f"{kind}_{batch}"
+            if entry not in self._arguments:
+                names = self._about["functions"][entry]["parameters"]
+                self._arguments[entry] = tuple(self._stored[n] for n in names)
+            outputs = [o.numpy() for o in self._call(entry, inputs, self._arguments[entry])]
+            results.append([self._cut(o, count, batch) for o in outputs])
+        if len(results) == 1:
+            return results[0]
+        return [self._joined(list(parts)) for parts in zip(*results, strict=True)]
+
+    def _cut(self, output: Array, count: int, batch: int) -> Array:
+        if count == batch or not output.ndim or output.shape[0] % batch:
+            return output
+        return output[: count * (output.shape[0] // batch)]
+
+    def _joined(self, parts: list[Array]) -> Array:
+        return np.concatenate(parts) if parts[0].ndim else parts[0]
+
+    def _integer_op(self, op: str) -> dict[str, Any]:
+        known: dict[str, Any] = self._about["ops"]
+        if op not in known:
+            raise UnsupportedError(
+                message(f"no op {op!r} in this artifact", expected=f"one of {', '.join(list(known)[:8])} ...")
+            )
+        if not known[op]["accumulate"]:
+            why = known[op]["note"] or f"it is {known[op]['arithmetic']}, declared {known[op]['declared']}"
+            raise UnsupportedError(message(f"op {op!r} does not run on integers in this artifact", found=why))
+        return cast("dict[str, Any]", known[op]["accumulate"])
+
+    def _code_operand(self, op: str, name: str, array: Array, shape: list[int]) -> Array:
+        parameters = self._about["ops"][op]
+        wanted = parameters["left_dtype"] if name == "lhs" else parameters["right_dtype"]
+        rows = shape[0] // self._batches[0] or 1
+        fits = array.ndim == len(shape) and list(array.shape[1:]) == shape[1:] and array.shape[0] % rows == 0
+        if array.dtype.name != wanted or not fits or not array.size:
+            raise DataError(
+                message(
+                    f"op {op!r}: {name} codes do not fit",
+                    expected=f"{wanted}, {_shape_text([-1, *shape[1:]], 'samples')}",
+                    found=f"{array.dtype.name}, {'x'.join(map(str, array.shape))}",
+                )
+            )
+        return array
+
+
+class TvmRuntime:
+    """Implements `session.Runtime` for TVM."""
+
+    name = "tvm"
+
+    def available(self) -> str | None:
+        """None when artifacts can be run here; otherwise what to install."""
+        if find_spec("tvm") is None:
+            return "TVM is not installed: pip install 's2d-deploy[tvm]'"
+        return None
+
+    def version(self) -> str:
+        """TVM's version, or "" where it is not installed."""
+        try:
+            return version("apache-tvm")
+        except PackageNotFoundError:
+            return ""
+
+    def device(self) -> str:
+        """The processor and the dot product that our kernels use on it."""
+        return f"cpu: {os.cpu_count()} threads, {byte_dot_product() or 'no byte dot product'} ({cpu_name()})"
+
+    def rung(self, precision: str) -> Rung | None:
+        """The rung that `precision` gets here; None for an unknown precision."""
+        rung = _RUNGS.get(precision)
+        # Without a byte dot product the same integers come from wider multiplications.
+        return "emulated" if rung == "native" and byte_dot_product() is None else rung
+
+    def open(self, artifact: Artifact, *, threads: int) -> TvmSession:
+        """Load an artifact.
+
+        Raises:
+            ArtifactError: truncated, foreign or changed.
+            RuntimeUnavailable: TVM is not installed.
+            DeviceUnavailable: this processor lacks features that the artifact was built for.
+        """
+        if threads < 1:
+            raise DataError(message("the number of threads", expected="1 or more", found=str(threads)))
+        return TvmSession(artifact, threads)
+
+
+RUNTIME = TvmRuntime()
+
+
+def _import_tvm() -> Any:
+    try:
+        import tvm
+        import tvm.relax
+    except ImportError as error:
+        raise RuntimeUnavailable(
+            message("TVM is not installed", found=str(error), fix="pip install 's2d-deploy[tvm]'")
+        ) from error
+    return tvm
+
+
+def _set_threads(tvm: Any, threads: int) -> int:
+    """Let TVM's thread pool, of which a process has one, use `threads` threads. Returns how many it then uses.
+
+    The pool's size is fixed when it starts, by a variable; so it starts with all processors, and later settings choose
+    how many of them work.
+    """
+    with _POOL:
+        if _STATE.get("threads") != threads:
+            most = max(threads, os.cpu_count() or 1)
+            os.environ.setdefault("TVM_NUM_THREADS", str(most))
+            tvm.get_global_func("runtime.config_threadpool")(1, threads)
+            _STATE["threads"] = threads
+            _STATE["used"] = int(tvm.get_global_func("runtime.NumThreads")())
+        return _STATE["used"]
+
+
+_STATE: dict[str, int] = {}
+
+
+def _require_features(artifact: Artifact, about: dict[str, Any]) -> None:
+    missing = missing_features(about["features"])
+    if missing:
+        raise DeviceUnavailable(
+            message(
+                f"{artifact.path('library')}: built for features that this processor lacks",
+                expected=f"{about['isa']}, with {', '.join(missing)}",
+                found=cpu_name(),
+                fix="build it on this machine, or with the option device: 'llvm -mcpu=x86-64-v3'",
+            )
+        )
+
+
+def _require_parameters(artifact: Artifact, about: dict[str, Any], stored: dict[str, Array]) -> None:
+    wanted = {name for entry in about["functions"].values() for name in entry["parameters"]}
+    missing = sorted(wanted - stored.keys())
+    if missing:
+        raise ArtifactError(
+            message(
+                f"{artifact.path('parameters')}: parameters are missing",
+                expected=f"{len(wanted)} tensors",
+                found=f"no {', '.join(missing[:3])}",
+                fix="build it again with `s2d-deploy build`",
+            )
+        )
+
+
+def _executed_rung(op: dict[str, Any], dot: bool) -> Rung:
+    declared = op["declared"]
+    if declared == "float":
+        return "float"
+    if op["arithmetic"] == "integer":
+        return "native" if declared == "W8A8" and dot else "emulated"
+    return "weight-only" if op["arithmetic"] == "weight-only" else "dequantized"
+
+
+def _pieces(samples: int, batches: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """``(first sample, how many, batch size of the entry)``: the largest entries first, the rest padded."""
+    first = 0
+    while first < samples:
+        rest = samples - first
+        batch = max((b for b in batches if b <= rest), default=min(batches))
+        yield first, min(rest, batch), batch
+        first += batch
+
+
+def _padded(part: Array, rows: int) -> Array:
+    if part.shape[0] == rows:
+        return part
+    return np.concatenate([part, np.repeat(part[-1:], rows - part.shape[0], axis=0)])
+
+
+def _contiguous(array: Array) -> Array:
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _listing(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _shape_text(shape: Sequence[int], batch: str) -> str:
+    return "x".join(str(d) if d != -1 else batch or "batch" for d in shape)
