@@ -95,12 +95,11 @@ def to_dialect(model: onnx.ModelProto) -> onnx.ModelProto:
     _weights(g)
     _activations(g)
     if g.refused:
-        raise UnsupportedError(
-            message(
-                f"TensorRT cannot express {len(g.refused)} quantizer(s):\n  " + "\n  ".join(g.refused) + "\n",
-                expected="activations per tensor, weights symmetric; block scales with float activations only",
-            )
+        text = message(
+            f"TensorRT cannot express {len(g.refused)} quantizer(s)",
+            expected="activations per tensor, weights symmetric, block scales beside float activations only",
         )
+        raise UnsupportedError("\n  ".join([text, *g.refused]))
     _drop_unused(model)
     return model
 

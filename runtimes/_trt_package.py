@@ -44,7 +44,7 @@ def load() -> Any:
         message(
             "TensorRT is not installed",
             found="; ".join(failures) or None,
-            expected=f"the Python package {NAMES[1]} or {NAMES[0]}",
+            expected=f"the Python package {' or '.join(reversed(NAMES))}",
             fix=INSTALL,
         )
     )
