@@ -168,8 +168,8 @@ def line(name: str, kind: str, inputs: str, constants: str, nodes: list[str], ta
         )
 
     return (
-        f"Name: {name}, LayerType: {kind}, Inputs: [ {tensors(inputs)}], Constants: [ {tensors(constants)}], Outputs: [], "
-        f"TacticName: {tactic}, StreamId: 0, Metadata: " + "".join(f"[ONNX Layer: {n}]" for n in nodes)
+        f"Name: {name}, LayerType: {kind}, Inputs: [ {tensors(inputs)}], Constants: [ {tensors(constants)}], "
+        f"Outputs: [], TacticName: {tactic}, StreamId: 0, Metadata: " + "".join(f"[ONNX Layer: {n}]" for n in nodes)
     )
 
 
