@@ -15,6 +15,7 @@ from torch import nn
 
 from s2d_deploy.data import Batch
 from s2d_deploy.errors import ModelError, message
+from s2d_deploy.models import forward
 from s2d_deploy.session import Array
 
 Run = Callable[[Mapping[str, Array]], dict[str, Array]]
@@ -40,8 +41,8 @@ def torch_run(module: nn.Module, output: str) -> Run:
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         with torch.no_grad():
-            result = module(**{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()})
-        tensor = result if isinstance(result, torch.Tensor) else result[output]
+            batch = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in feeds.items()}
+            tensor = forward(module, batch, output)
         return {output: tensor.numpy()}
 
     return run
@@ -74,7 +75,20 @@ def score(task: str, output: Array, reference: Array, labels: torch.Tensor | Non
         reference: the float model's output, same shape.
         labels: int64 ``(n,)``; None compares a classifier's decision with the float model's.
         mask: ``(n, T)``, 1 for real tokens; None pools over all.
+
+    Raises:
+        ModelError: the output has another shape than the task or the reference.
     """
+    wanted = (2,) if task == "image-classification" else (2, 3)
+    if output.ndim not in wanted or output.shape != reference.shape:
+        raise ModelError(
+            message(
+                f"the output does not fit the task {task}",
+                expected=f"{' or '.join(map(str, wanted))} dimensions, and the float model's shape {reference.shape}",
+                found=f"shape {output.shape}",
+                fix="set model.output and model.task",
+            )
+        )
     if task == "image-classification":
         expected = reference.argmax(axis=-1) if labels is None else labels.numpy()
         correct = (output.argmax(axis=-1) == expected).astype(np.float64) * 100.0

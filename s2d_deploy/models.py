@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from s2d_deploy.attention import use_visible_attention
-from s2d_deploy.errors import ModelError, RecipeError, S2DDeployError, message
+from s2d_deploy.errors import ModelError, RecipeError, message
 
 if TYPE_CHECKING:
     from s2d_deploy.recipe import ModelSection
@@ -63,7 +64,7 @@ def load_model(section: ModelSection, checkpoint: Path | None = None, seed: int 
         if checkpoint is not None:
             load_state(module, checkpoint / STATE_FILE)
         elif section.weights is not None:
-            load_state(module, Path(section.weights))
+            load_state(module, Path(section.weights).expanduser())
     elif checkpoint is not None:
         # Through transformers: its files may name weights otherwise than the module does.
         module = _from_pretrained(str(checkpoint), section.task)
@@ -82,7 +83,7 @@ def load_model(section: ModelSection, checkpoint: Path | None = None, seed: int 
         section.output or ("logits" if section.task == "image-classification" else "last_hidden_state"),
         size[0] if isinstance(size, list | tuple) else size,
         int(getattr(vision, "num_channels", 3)),
-        _classes(config, section.task),
+        _classes(module, config, section.task),
         section.pretrained,
     )
 
@@ -134,8 +135,9 @@ def load_state(module: nn.Module, path: Path) -> None:
 
 
 def check_finite(module: nn.Module) -> None:
-    """Raise ModelError naming every parameter with NaN or infinite values."""
-    bad = [name for name, p in module.named_parameters() if not bool(torch.isfinite(p).all())]
+    """Raise ModelError naming the parameters and buffers (the first five) that hold NaN or infinite values."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    bad = [name for name, t in tensors if t.is_floating_point() and not bool(torch.isfinite(t).all())]
     if bad:
         raise ModelError(
             message(
@@ -144,6 +146,41 @@ def check_finite(module: nn.Module) -> None:
                 fix="use a sound checkpoint",
             )
         )
+
+
+def forward(module: nn.Module, batch: Mapping[str, torch.Tensor], output: str) -> torch.Tensor:
+    """``module(**batch)``'s tensor called `output` (or the tensor, where it returns just one).
+
+    Raises:
+        ModelError: the model refuses these inputs, or has no such output.
+    """
+    try:
+        result = module(**batch)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        shapes = ", ".join(
+            f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for name, t in batch.items()
+        )
+        raise ModelError(
+            message(
+                f"the model cannot run on this data: {' '.join(str(error).split())[:240]}",
+                found=f"inputs {shapes}",
+                fix="use data that fits the model; npz arrays are named train.<input>, test.<input>",
+            )
+        ) from error
+    if isinstance(result, torch.Tensor):
+        return result
+    named = dict(result) if isinstance(result, Mapping) else {}
+    tensor = named.get(output)
+    if not isinstance(tensor, torch.Tensor):
+        raise ModelError(
+            message(
+                f"the model has no output {output!r}",
+                expected="a tensor, or a mapping from names to tensors",
+                found=", ".join(named) or f"a {type(result).__name__}",
+                fix="set model.output to one of its outputs" if named else None,
+            )
+        )
+    return tensor
 
 
 def parameters(module: nn.Module) -> int:
@@ -176,56 +213,99 @@ def _unique_state(module: nn.Module) -> dict[str, torch.Tensor]:
     return result
 
 
-def _classes(config: Any, task: str) -> int | None:
-    return int(config.num_labels) if task == "image-classification" and hasattr(config, "num_labels") else None
+def _classes(module: nn.Module, config: Any, task: str) -> int | None:
+    """From the config's num_labels, or the factory model's own num_classes."""
+    if task != "image-classification":
+        return None
+    for owner, name in ((config, "num_labels"), (module, "num_classes")):
+        value = getattr(owner, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _reason(error: Exception, length: int = 240) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:length]}"
 
 
 def _from_config(fields: Mapping[str, Any], task: str) -> nn.Module:
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     rest = dict(fields)
     kind = rest.pop("model_type", None)
     if kind is None:
         raise RecipeError(message("model.config has no model_type", expected="e.g. vit, siglip_vision_model, bert"))
+    if kind not in CONFIG_MAPPING:
+        close = get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
+        raise RecipeError(
+            message(
+                f"model.config: unknown model_type {kind!r}",
+                expected="one that transformers knows, e.g. vit, siglip_vision_model, clip_vision_model, bert",
+                fix=f"did you mean {close[0]!r}?" if close else None,
+            )
+        )
     try:
         config = AutoConfig.for_model(kind, **rest)
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise RecipeError(message(f"model.config: unknown model_type {kind!r} or a bad field", found=reason)) from error
-    fields_known = {*type(config)().to_dict(), "num_labels", "id2label"}
-    unknown = sorted(k for k in rest if k not in fields_known)
+        known = {*type(config)().to_dict(), "num_labels", "id2label", "label2id"}
+    except Exception as error:  # transformers validates fields with a dozen kinds of exceptions
+        raise RecipeError(message(f"model.config: {kind} refuses a field", found=_reason(error))) from error
+    unknown = sorted(k for k in rest if k not in known)
     if unknown:
+        close = [m for k in unknown for m in get_close_matches(k, sorted(known), n=1)]
         raise RecipeError(
-            message(f"model.config: {kind} has no field {', '.join(map(repr, unknown))}", fix="check the spelling")
+            message(
+                f"model.config: {kind} has no field {', '.join(map(repr, unknown))}",
+                fix=f"did you mean {', '.join(map(repr, close))}?" if close else "check the spelling",
+            )
         )
     try:
         return _auto_class(config, task).from_config(config)  # type: ignore[no-any-return]
-    except (ValueError, KeyError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
-        raise RecipeError(message("model.config: no model can be built from it", found=reason)) from error
+    except Exception as error:  # as above
+        raise RecipeError(message("model.config: no model can be built from it", found=_reason(error))) from error
 
 
 def _from_pretrained(source: str, task: str) -> nn.Module:
+    """Weights of a folder or hub id: safetensors only, and the checkpoint's own code is never run.
+
+    A checkpoint that lacks weights is refused (transformers would fill them with random numbers), save for a pooler,
+    which no output that is exported here depends on.
+    """
     from transformers import AutoConfig
 
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        source = str(folder)
+    elif folder.is_absolute() or source.startswith((".", "~")):
+        raise ModelError(message(f"model.pretrained: {source!r} is not a folder", fix="check the path"))
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with _no_progress_bars():
-            return _auto_class(config, task).from_pretrained(  # type: ignore[no-any-return]
-                source, use_safetensors=True, dtype=torch.float32
+            module, info = _auto_class(config, task).from_pretrained(
+                source, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
             )
-    except S2DDeployError:
-        raise
     except Exception as error:  # transformers raises a dozen kinds here, hub clients more
-        reason = " ".join(str(error).split())[:240]
         raise ModelError(
             message(
                 f"model.pretrained: {source!r} cannot be loaded",
                 expected="a folder written by save_pretrained (safetensors), or a hub id that can be reached",
-                found=f"{type(error).__name__}: {reason}",
+                found=_reason(error),
                 fix="check the path, or download the model first",
             )
         ) from error
+    missing = sorted(info["missing_keys"])
+    needed = [name for name in missing if "pooler" not in name.split(".")]
+    if needed:
+        raise ModelError(
+            message(
+                f"model.pretrained: {source!r} lacks {len(needed)} weight(s) of {type(module).__name__}: "
+                f"{', '.join(needed[:4])}",
+                expected=f"a checkpoint for the task {task}",
+                fix="fine-tune it for this task first, or set model.task",
+            )
+        )
+    if missing:
+        logger.warning("%s: no weights for %s; they are random, and unused", source, ", ".join(missing))
+    return module  # type: ignore[no-any-return]
 
 
 def _auto_class(config: Any, task: str) -> Any:
@@ -234,17 +314,9 @@ def _auto_class(config: Any, task: str) -> Any:
     if task == "image-classification":
         return transformers.AutoModelForImageClassification
     # Two-tower checkpoints: the vision tower is the part that is deployed here.
-    towers = {
-        "clip": "CLIPVisionModel",
-        "clip_vision_model": "CLIPVisionModel",
-        "siglip": "SiglipVisionModel",
-        "siglip_vision_model": "SiglipVisionModel",
-    }
-    name = towers.get(config.model_type)
-    if name is None:
-        return transformers.AutoModel
-    tower = getattr(transformers, name)
-    return _Tower(tower) if config.model_type.endswith("vision_model") else tower
+    towers = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "siglip2": "Siglip2VisionModel"}
+    name = towers.get(config.model_type.removesuffix("_vision_model"))
+    return transformers.AutoModel if name is None else _Tower(getattr(transformers, name))
 
 
 class _Tower:
@@ -254,31 +326,42 @@ class _Tower:
         self.tower = tower
 
     def from_config(self, config: Any) -> Any:
-        return self.tower(config)
+        return self.tower(getattr(config, "vision_config", config))
 
-    def from_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        return self.tower.from_pretrained(*args, **kwargs)
+    def from_pretrained(self, source: str, *, trust_remote_code: bool, **options: Any) -> Any:
+        # Only Auto classes look for code in the checkpoint; a tower class has its own.
+        del trust_remote_code
+        return self.tower.from_pretrained(source, **options)
 
 
 def _from_factory(section: ModelSection) -> nn.Module:
     name = str(section.factory)
     module_name, separator, function = name.partition(":")
-    if not separator:
+    if not (module_name and separator and function) or module_name.startswith("."):
         raise RecipeError(message(f"model.factory {name!r}", expected="package.module:function"))
     try:
         factory = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module raises while it is imported
         raise RecipeError(
             message(
                 f"model.factory {name!r} cannot be imported",
-                found=str(error),
-                fix="install the package, or set PYTHONPATH",
+                found=_reason(error),
+                fix="check the name, install the package, or set PYTHONPATH",
             )
         ) from error
+    if not callable(factory):
+        raise RecipeError(message(f"model.factory {name!r}", expected="a function", found=type(factory).__name__))
     try:
         model = factory(**section.factory_arguments)
-    except TypeError as error:
-        raise RecipeError(message(f"model.factory {name!r} refused its arguments", found=str(error))) from error
+    except Exception as error:  # the user's code
+        raise RecipeError(
+            message(
+                f"model.factory {name!r} failed",
+                expected=f"a model for the arguments {section.factory_arguments}",
+                found=_reason(error),
+                fix="set model.factory_arguments, or repair the factory",
+            )
+        ) from error
     if not isinstance(model, nn.Module):
         raise RecipeError(message(f"model.factory {name!r}", expected="a torch.nn.Module", found=type(model).__name__))
     return model

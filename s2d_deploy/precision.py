@@ -35,7 +35,7 @@ def parse_precision(name: str, key: str = "precision") -> Precision:
     text = str(name).lower()
     if text in (BASELINE, "float", "float32"):
         return Precision(BASELINE, 16, 16)
-    match = re.fullmatch(r"w(\d+)a(\d+)", text)
+    match = re.fullmatch(r"w([0-9]{1,2})a([0-9]{1,2})", text)
     bits = [int(g) for g in match.groups()] if match else []
     if not bits or any(b not in (2, 3, 4, 5, 6, 7, 8, 16) for b in bits) or bits == [16, 16]:
         raise RecipeError(
@@ -44,4 +44,4 @@ def parse_precision(name: str, key: str = "precision") -> Precision:
                 expected=f"{', '.join(STANDARD)}, {BASELINE}, or w<bits>a<bits> with 2 to 8 bits (16 for float)",
             )
         )
-    return Precision(text, *bits)
+    return Precision(f"w{bits[0]}a{bits[1]}", *bits)

@@ -9,21 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from s2d_deploy.errors import RecipeError, message
 from s2d_deploy.precision import BASELINE, STANDARD, parse_precision
-from s2d_deploy.registry import TARGETS, check_target
+from s2d_deploy.registry import TARGET_GROUP, TARGETS, check_target
+from s2d_deploy.yaml_text import plain, read_yaml
 
 RangeMethod = Literal["absmax", "percentile", "mse"]
+# Stages derive seeds as seed * 10,007 + epoch, which must fit into the 64 bits of torch's generator.
+_MAX_SEED = 2**32 - 1
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -65,7 +69,9 @@ class DataSection(_Section):
     batch_size: int = Field(32, ge=1)
     max_length: int = Field(64, ge=1, description="text: tokens in a sample, padded")
     tokenizer: str | None = Field(None, description="text: folder or id; default: the model's own")
-    seed: int = 0
+    image_size: int | None = Field(None, ge=1, description="images: side in pixels; default: the model's")
+    channels: Literal[1, 3] | None = Field(None, description="images: default: the model's")
+    seed: int = Field(0, ge=0, le=_MAX_SEED)
 
 
 class TrainSection(_Section):
@@ -75,7 +81,7 @@ class TrainSection(_Section):
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(64, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=_MAX_SEED)
 
 
 class ConditionSection(_Section):
@@ -96,7 +102,7 @@ class ConditionSection(_Section):
     tau: float = Field(0.95, gt=0, le=1)
     k_max: int = Field(3, ge=1, le=64)
     refresh_every: int = Field(100, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=_MAX_SEED)
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> ConditionSection:
@@ -129,7 +135,9 @@ class QuantizeSection(_Section):
     @field_validator("precisions")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(parse_precision(n, "quantize.precisions").name for n in names if n != BASELINE))
+        """Canonical names, each once; the baseline is always run and need not be listed."""
+        known = [parse_precision(n, "quantize.precisions").name for n in names]
+        return tuple(dict.fromkeys(n for n in known if n != BASELINE))
 
     @field_validator("overrides")
     @classmethod
@@ -191,6 +199,14 @@ class GateSection(_Section):
     weight_ratio: float | dict[str, float] | None = Field(None, description="quantized weights' bytes over FP32 bytes")
     decide_by: Literal["point", "interval"] = Field("point", description="compare the estimate, or its interval")
 
+    @field_validator("*")
+    @classmethod
+    def _known_precisions(cls, value: Any, info: ValidationInfo) -> Any:
+        """A limit for a misspelt precision would never be judged."""
+        if not isinstance(value, dict):
+            return value
+        return {parse_precision(k, f"gates.{info.field_name}").name: v for k, v in value.items()}
+
     def limits_for(self, precision: str) -> dict[str, Any]:
         """The limits that hold for one precision, as `gate.GateLimits` takes them."""
         fields = self.model_dump()
@@ -224,19 +240,23 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        wrong = []
         if self.train is not None and self.model.config is None:
-            raise ValueError("train: only a model built from model.config is trained from scratch")
+            wrong.append("train: only a model built from model.config is trained from scratch")
         if self.model.config is not None and self.train is None:
-            raise ValueError("model.config builds an untrained model: add a train section")
+            wrong.append("model.config builds an untrained model: add a train section")
         names = [t.name for t in self.targets]
         if not names:
-            raise ValueError("targets: list at least one, e.g. [ort]")
-        if len(set(names)) != len(names):
-            raise ValueError(f"targets: listed twice: {sorted({n for n in names if names.count(n) > 1})}")
+            wrong.append("targets: list at least one, e.g. [ort]")
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            wrong.append(f"targets: listed twice: {', '.join(twice)}")
         if self.data.kind != "digits" and self.data.path is None:
-            raise ValueError(f"data.path is needed for data.kind = {self.data.kind}")
+            wrong.append(f"data.path is needed for data.kind = {self.data.kind}")
         if self.data.kind == "text" and self.condition.method == "s2d" and self.condition.objective == "task":
-            raise ValueError("condition.objective: text has no labels here; use distill")
+            wrong.append("condition.objective: text has no labels here; use distill")
+        if wrong:
+            raise ValueError("\n  ".join(wrong))
         return self
 
     def document(self) -> dict[str, Any]:
@@ -265,7 +285,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: not found, not YAML, an unknown key (with a suggestion) or a bad value; all offenders at once.
     """
     path = Path(source)
-    if path.is_file():
+    if _is_file(path):
         text, origin = _read(path), str(path)
     elif source in embedded_recipes():
         text, origin = (resources.files("s2d_deploy") / "recipes" / f"{source}.yaml").read_text(), source
@@ -279,17 +299,23 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
                 fix=f"did you mean {close[0]!r}?" if close else "give the path of a recipe",
             )
         )
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(message(f"{origin}: not YAML", found=" ".join(str(error).split()))) from error
+    document = read_yaml(text, origin)
     if not isinstance(document, dict):
-        raise RecipeError(
-            message(f"{origin}: not a recipe", expected="a mapping of sections", found=type(document).__name__)
-        )
+        raise RecipeError(message(f"{origin}: not a recipe", expected="a mapping of sections", found=_kind(document)))
     for assignment in overrides:
         _assign(document, assignment)
     return parse_recipe(document, origin)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long to be one, a folder that may not be entered
+        return False
+
+
+def _kind(document: Any) -> str:
+    return "nothing" if document is None else f"a {type(document).__name__}"
 
 
 def _read(path: Path) -> str:
@@ -305,13 +331,13 @@ def parse_recipe(document: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     Raises:
         RecipeError: every unknown key and bad value, each with its dotted path.
     """
+    document = plain(dict(document), origin)
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors(include_url=False)]
+        # A gate's limit is a number or a mapping; pydantic reports a wrong one once for each.
+        lines = list(dict.fromkeys(_explain(e) for e in error.errors(include_url=False) if not _other_branch(e)))
         raise RecipeError(f"{origin}: " + ("\n  ".join(["", *lines]) if len(lines) > 1 else lines[0])) from error
-    except RecursionError as error:
-        raise RecipeError(message(f"{origin}: nested too deeply to be a recipe")) from error
 
 
 def _assign(document: dict[str, Any], assignment: str) -> None:
@@ -320,25 +346,44 @@ def _assign(document: dict[str, Any], assignment: str) -> None:
         raise RecipeError(
             message(f"--set {assignment!r}", expected="key.path=value", fix="e.g. --set quantize.block_size=16")
         )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(message(f"--set {assignment!r}: the value is not YAML")) from error
+    value = read_yaml(text, f"--set {assignment!r}")
     target: Any = document
     *parents, leaf = key.strip().split(".")
     for part in parents:
-        target = target.setdefault(part, {})
+        if target.get(part) is None:  # absent, or a section that is left empty in the file
+            target[part] = {}
+        target = target[part]
         if not isinstance(target, dict):
-            raise RecipeError(message(f"--set {assignment!r}: {part!r} is not a section"))
+            raise RecipeError(
+                message(f"--set {assignment!r}: {part!r} is not a section", found=f"a {type(target).__name__}")
+            )
     target[leaf] = value
 
 
+def _location(error: Any) -> list[Any]:
+    """Where the error is, without pydantic's names for the branches of a gate's union."""
+    location = list(error["loc"])
+    if location[:1] == ["gates"] and len(location) > 2:
+        del location[2]
+    return [part for part in location if part != "[key]"]
+
+
+def _other_branch(error: Any) -> bool:
+    """Whether this error belongs to the branch of a gate's union that the user did not mean."""
+    location = error["loc"]
+    if location[:1] != ("gates",) or len(location) < 3:
+        return False
+    means_mapping = error["type"] != "dict_type" and (len(location) > 3 or not isinstance(error.get("input"), dict))
+    return not means_mapping
+
+
 def _explain(error: Any) -> str:
-    path = ".".join(str(p) for p in error["loc"] if not str(p).startswith(("function-", "float", "dict[", "int")))
+    location = _location(error)
+    path = ".".join(str(p) for p in location)
     if error["type"] == "extra_forbidden":
-        section = _section_at(error["loc"][:-1])
+        section = _section_at(location[:-1])
         known = sorted(section.model_fields) if section else []
-        close = get_close_matches(str(error["loc"][-1]), known, n=1, cutoff=0.5)
+        close = get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         return message(
             f"unknown key {path!r}",
             expected=f"one of {', '.join(known)}" if known else None,
@@ -347,9 +392,14 @@ def _explain(error: Any) -> str:
     if isinstance((error.get("ctx") or {}).get("error"), Exception):
         text = str(error["ctx"]["error"])
         return text if not path or text.startswith(path.split(".")[0]) else f"{path}: {text}"
-    found = error.get("input")
-    shown = None if error["type"] == "missing" else repr(found)[:80]
-    return message(f"key {path!r}: {error['msg'][0].lower()}{error['msg'][1:]}", found=shown)
+    if error["type"] == "missing":
+        return message(f"key {path!r} is missing")
+    if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return message(f"section {path!r}", expected="a mapping of keys", found=_kind(error.get("input")))
+    if error["type"] == "tuple_type":
+        return message(f"key {path!r}", expected="a list, e.g. [a, b]", found=repr(error.get("input"))[:80])
+    text = error["msg"]
+    return message(f"key {path!r}: {text[0].lower()}{text[1:]}", found=repr(error.get("input"))[:80])
 
 
 def _section_at(location: Sequence[Any]) -> type[BaseModel] | None:
@@ -369,5 +419,9 @@ def schema() -> dict[str, Any]:
     """The JSON schema of a recipe (draft 2020-12)."""
     document = Recipe.model_json_schema()
     document["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    document["$defs"]["TargetSection"]["properties"]["name"]["enum"] = sorted(TARGETS)
+    names = sorted({*TARGETS, *entry_points(group=TARGET_GROUP).names})
+    document["$defs"]["TargetSection"]["properties"]["name"]["enum"] = names
+    # The short form, which a validator expands before pydantic sees it.
+    items = document["properties"]["targets"]["items"]
+    document["properties"]["targets"]["items"] = {"anyOf": [{"enum": names}, items]}
     return document

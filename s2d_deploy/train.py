@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from s2d_deploy.data import Samples
 from s2d_deploy.errors import ModelError, message
+from s2d_deploy.models import forward
 from s2d_deploy.recipe import TrainSection
 
 
@@ -34,7 +35,8 @@ def train(
         Mean cross entropy of each epoch.
 
     Raises:
-        ModelError: the loss became NaN or infinite.
+        ModelError: the loss became NaN or infinite, or the model does not take these inputs.
+        DataError: no labels.
     """
     torch.manual_seed(section.seed)
     steps = -(-samples.size // section.batch_size) * section.epochs
@@ -46,8 +48,7 @@ def train(
         total = 0.0
         for batch in samples.labelled_batches(section.batch_size, shuffle_seed=section.seed * 10_007 + epoch):
             labels = batch.pop("labels")
-            logits = module(**batch)
-            logits = logits if isinstance(logits, torch.Tensor) else logits[output]
+            logits = forward(module, batch, output)
             loss = F.cross_entropy(logits, labels)
             if not torch.isfinite(loss):
                 raise ModelError(
