@@ -1,7 +1,8 @@
 """The stages for each target: export and build, verify, bench; and the report's rows that they make.
 
 A runtime or device that is missing gives a row that says so: "built" where an artifact exists, "unavailable" where
-none could be made, always with the reason and never with a number.
+none could be made, always with the reason and never with a number. Whatever else breaks at one precision becomes such
+a row, too, and is kept in `Deployment.errors`, so that the other precisions and targets are still reported.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from s2d_deploy.console import Step
-from s2d_deploy.errors import S2DDeployError, UnavailableError, UnsupportedError
+from s2d_deploy.errors import S2DDeployError, StageError, UnavailableError, UnsupportedError
 from s2d_deploy.evaluate import outputs
 from s2d_deploy.host import cpu_model
 from s2d_deploy.latency import measure, ratio
@@ -42,10 +43,14 @@ class Deployment:
     Args:
         pipeline: makes plans and common ONNX files.
         section: the recipe's entry of this target.
+
+    Attributes:
+        errors: what broke while `rows` was made; a run that has any did not succeed.
     """
 
     def __init__(self, pipeline: Pipeline, section: TargetSection) -> None:
         self.pipeline, self.section = pipeline, section
+        self.errors: list[Exception] = []
         self.target, self.runtime = load_target(section.name), load_runtime(section.name)
 
     def export(self, precision: str, *, build: bool = True) -> Stage:
@@ -187,20 +192,18 @@ class Deployment:
     # ---- the report's rows ----------------------------------------------------------------------------------
 
     def rows(self, *, bench: bool = True) -> list[Row]:
-        """One row for each precision, the baseline first.
+        """One row for each precision, the baseline first. What broke, a missing required runtime included, is in `errors`.
 
         Raises:
-            UnavailableError: the target is required, but cannot be built or run here.
+            StageError: the machine refuses (disk full, ...): nothing after it could be written either.
         """
-        rows = {p: self._row(p) for p in self.pipeline.precisions}
+        # The stages that all targets share, first: what breaks there is no target's fault, and is raised.
+        for precision in self.pipeline.precisions:
+            self.pipeline.onnx(precision)
+        rows = {p: self._guarded_row(p) for p in self.pipeline.precisions}
         timed = [p for p, row in rows.items() if row["status"] == "measured"]
         if bench and timed and self.section.name not in UNTIMED:
-            info = self.bench(timed).info
-            for p in timed:
-                rows[p]["latency_ms"] = info["latency"][p]
-                speedup = info["speedup"].get(p)
-                if speedup is not None:
-                    rows[p] |= {"speedup_over_float": speedup["median"], "speedup_ci": speedup["ci"]}
+            self._add_latency({p: rows[p] for p in timed})
         elif timed and self.section.name in UNTIMED:
             for p in timed:
                 rows[p]["reason"] = "latency is not measured: the integer reference is slow on purpose"
@@ -209,8 +212,37 @@ class Deployment:
             row["float_size_bytes"] = float_size
         return list(rows.values())
 
-    def _row(self, precision: str) -> Row:
-        row: Row = {
+    def _add_latency(self, rows: Mapping[str, Row]) -> None:
+        try:
+            info = self.bench(list(rows)).info
+        except StageError:
+            raise
+        except Exception as error:
+            self._broke(error)
+            for row in rows.values():
+                row["reason"] = f"latency could not be measured: {_words(error)}"
+            return
+        for precision, row in rows.items():
+            row["latency_ms"] = info["latency"][precision]
+            speedup = info["speedup"].get(precision)
+            if speedup is not None:
+                row |= {"speedup_over_float": speedup["median"], "speedup_ci": speedup["ci"]}
+
+    def _guarded_row(self, precision: str) -> Row:
+        try:
+            return self._row(precision)
+        except StageError:
+            raise
+        except Exception as error:  # an adapter may fail in its own way; the others are reported all the same
+            self._broke(error, precision)
+            return self._empty_row(precision) | {"reason": _words(error)}
+
+    def _broke(self, error: Exception, precision: str = "latency") -> None:
+        self.errors.append(error)
+        log.info("%s %s broke", self.section.name, precision, exc_info=error)
+
+    def _empty_row(self, precision: str) -> Row:
+        return {
             "target": self.section.name,
             "runtime": f"{self.section.name} {self.runtime.version()}".strip(),
             "device": self.runtime.device(),
@@ -218,6 +250,9 @@ class Deployment:
             "status": "unavailable",
             "reason": None,
         }
+
+    def _row(self, precision: str) -> Row:
+        row = self._empty_row(precision)
         try:
             exported = self.export(precision)
         except (UnsupportedError, UnavailableError) as error:
@@ -266,6 +301,12 @@ class Deployment:
             raise error
         log.info("%s %s: %s", row["target"], row["precision"], error)
         return row | {"reason": str(error)}
+
+
+def _words(error: Exception) -> str:
+    """One line: our own errors as they are, others with their class, because their text alone may be a bare key."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, S2DDeployError) else f"{type(error).__name__}: {text}"
 
 
 def _parity_words(parity: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@
     │   ├── RuntimeUnavailable             a Python package is missing
     │   └── DeviceUnavailable              the package is there, the hardware is not
     └── StageError                exit 2   the machine refused: disk full, permission, lock held
+    any other exception           exit 70  a bug, here or in a library
 
 A message names the file, key, layer or tensor, says what was expected and what was found, and ends
 with what to do. `message(...)` builds it, so that every error reads alike.
@@ -25,6 +26,7 @@ EXIT_PASS = 0
 EXIT_GATE_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_UNAVAILABLE = 3
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h: what none of the classes below foresaw; never mistaken for a failed gate
 
 
 class S2DDeployError(Exception):
@@ -80,6 +82,11 @@ class DeviceUnavailable(UnavailableError):
 
 class StageError(S2DDeployError):
     """The machine refused: disk full, no permission, folder locked by another run."""
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code that an error asks for: its class's, or 70 for one that is not ours."""
+    return error.exit_code if isinstance(error, S2DDeployError) else EXIT_BUG
 
 
 def message(what: str, *, expected: str | None = None, found: str | None = None, fix: str | None = None) -> str:

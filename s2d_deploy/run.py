@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from s2d_deploy.deployment import UNTIMED, Deployment, Row
-from s2d_deploy.errors import S2DDeployError
+from s2d_deploy.errors import exit_code_of
 from s2d_deploy.gate import GateLimits, GateVerdict, evaluate, exit_code, overall
 from s2d_deploy.host import host_facts, versions
 from s2d_deploy.models import parameters
@@ -28,42 +28,38 @@ class Outcome:
     Attributes:
         report: the report document.
         files: report.json, report.md, report.html, junit.xml.
-        exit_code: 0 all gates passed, 1 a gate failed or is undecided.
+        exit_code: 0 all gates passed, 1 a gate failed or is undecided; that of the gravest error, where there is one.
+        errors: what broke in single targets; they stand in the report as the reason of an "unavailable" result.
     """
 
     report: dict[str, Any]
     files: list[Path]
     exit_code: int
+    errors: tuple[Exception, ...] = ()
 
 
 def run(pipeline: Pipeline, *, bench: bool = True, command: Sequence[str] | None = None) -> Outcome:
     """All stages, gates and reports.
 
-    A target that breaks does not take the others with it: its error is raised after the report of the rest is written.
+    A target that breaks does not take the others with it: it is reported as unavailable, and the outcome says so.
 
     Raises:
-        S2DDeployError: a stage's error; what was finished before is kept.
+        S2DDeployError: a stage that all targets share failed; what was finished before is kept.
     """
     recipe = pipeline.recipe
     rows: list[Row] = []
-    errors: list[S2DDeployError] = []
-    pipeline.condition()
+    errors: list[Exception] = []
     for precision in pipeline.precisions:
         pipeline.onnx(precision)
     for section in recipe.targets:
-        try:
-            rows += Deployment(pipeline, section).rows(bench=bench)
-        except S2DDeployError as error:
-            if len(recipe.targets) == 1:
-                raise
-            pipeline.display.say(f"error in target {section.name}: {error}")
-            errors.append(error)
+        deployment = Deployment(pipeline, section)
+        rows += deployment.rows(bench=bench)
+        errors += deployment.errors
     verdicts = gates(recipe, rows)
     document = document_of(pipeline, rows, verdicts, command)
     files = write_reports(document, pipeline.store.root)
-    if errors:
-        raise errors[0]
-    return Outcome(document, files, exit_code(overall(verdicts)))
+    code = max(map(exit_code_of, errors)) if errors else exit_code(overall(verdicts))
+    return Outcome(document, files, code, tuple(errors))
 
 
 def gates(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[GateVerdict]:
