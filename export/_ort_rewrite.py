@@ -259,8 +259,8 @@ class _Rewriter(Surgery):
             nodes[-1].output[0] = f"{name}.scaled"
             shape = self.constant(f"{name}.spread", spread, np.int64)
             nodes += [
-                helper.make_node("Reshape", [op.node.input[2], shape], [f"{name}.bias"], name=f"{name}.bias"),
-                helper.make_node("Add", [f"{name}.scaled", f"{name}.bias"], [output], name=f"{name}.add"),
+                helper.make_node("Reshape", [op.node.input[2], shape], [f"{name}.spread.bias"], name=f"{name}.reshape"),
+                helper.make_node("Add", [f"{name}.scaled", f"{name}.spread.bias"], [output], name=f"{name}.add"),
             ]
         self.replace(op.node, nodes)
 

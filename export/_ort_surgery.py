@@ -49,7 +49,9 @@ class Surgery:
         self._replaced[node.output[0]] = nodes
 
     def constant(self, name: str, value: Any, dtype: Any) -> str:
-        """An initializer of that name (made once) with `value` as `dtype`; returns the name."""
+        """An initializer (made once for each name) with `value` as `dtype`; returns its name in the graph."""
+        while name in self.stored or name in self.producers:
+            name += ".ort"
         if name not in self.added:
             array: Array = np.asarray(value).astype(dtype)
             self.added[name] = numpy_helper.from_array(array if array.ndim == 0 else np.ascontiguousarray(array), name)

@@ -76,6 +76,10 @@ class OrtTarget:
             onnx.save_model(rewritten, target)
         return target
 
+    def shape_options(self, batches: Sequence[int], sizes: Mapping[str, int]) -> dict[str, Any]:  # noqa: ARG002
+        """Nothing: any shape is served."""
+        return {}
+
     def build(
         self,
         dialect: Path,

@@ -91,8 +91,7 @@ class ForcedOps:
         if op not in self._cuts:
             before: list[onnx.NodeProto] = []
             sites = [s for value in kernel.input[:2] if (s := self._ancestors(value, before)) is not None]
-            kinds = {node.op_type: node for node in _arithmetic(kernel)}
-            models = [self._model_of(op, kernel, node, before, sites) for node in kinds.values()]
+            models = [self._model_of(op, kernel, node, before, sites) for node in _arithmetic(kernel)]
             self._cuts[op] = [session_of(model, self._info, self._threads) for model in models], sites
         return self._cuts[op]
 
