@@ -118,6 +118,7 @@ class OrtTarget:
             if source.resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
         info = {**settings, "onnxruntime": runtime.version(), "weights": weight_bytes(model)}
+        info["weight_size_bytes"] = info["weights"]["stored_bytes"]
         artifact = Artifact(folder, self.name, precision, files, info)
         progress(f"ort: loading {FILE} in onnxruntime {runtime.version()}")
         with runtime.open(artifact, threads=1):

@@ -33,6 +33,10 @@ class ReferenceTarget:
         folder.mkdir(parents=True, exist_ok=True)
         return _copy(model, folder)
 
+    def shape_options(self, batches: Sequence[int], sizes: Mapping[str, int]) -> dict[str, Any]:  # noqa: ARG002
+        """Nothing: any shape is served."""
+        return {}
+
     def build(
         self,
         dialect: Path,

@@ -65,6 +65,13 @@ class TensorRTTarget:
         write_dialect(model, target)
         return target
 
+    def shape_options(self, batches: Sequence[int], sizes: Mapping[str, int]) -> dict[str, Any]:
+        """A profile from 1 to the largest batch, tuned for the smallest; the same for other dimensions."""
+        return {
+            "batch_sizes": sorted(set(batches)),
+            "dimensions": {name: {"min": 1, "opt": size, "max": size} for name, size in sizes.items()},
+        }
+
     def build(
         self,
         dialect: Path,

@@ -66,6 +66,10 @@ class TvmTarget:
                 shutil.copyfile(file, folder / file.name)
         return folder / model.name
 
+    def shape_options(self, batches: Sequence[int], sizes: Mapping[str, int]) -> dict[str, Any]:
+        """One entry for each batch size; other dimensions fixed."""
+        return {"batch": sorted(set(batches)), "shapes": dict(sizes)}
+
     def build(
         self,
         dialect: Path,

@@ -62,28 +62,23 @@ class Deployment:
         """
         common = self.pipeline.onnx(precision)
         stage = "export" if build else "dialect"
-        bench = self.pipeline.recipe.bench
-        # The two batch sizes that this run will use; a target that builds for fixed shapes reads them.
-        hints = {
-            "batch_sizes": sorted(
-                {bench.batch_size, self.pipeline.recipe.data.batch_size, self.pipeline.recipe.verify.batch_size}
-            )
-        }
+        recipe, sequence = self.pipeline.recipe, self.pipeline.data.max_sequence
+        batches = sorted({recipe.bench.batch_size, recipe.data.batch_size})
+        options = self.target.shape_options(batches, {"sequence": sequence} if sequence else {}) | self.section.options
 
         def work(folder: Path, step: Step) -> dict[str, Any]:
             dialect = self.target.dialect(common.folder / "model.onnx", folder, precision=precision)
             if not build:
                 return {"dialect": dialect.name}
             artifact = self.target.build(
-                dialect, folder, precision=precision, options=hints | self.section.options, progress=step
+                dialect, folder, precision=precision, options=options, progress=step
             )
             step.note = f"{artifact.size_bytes / 1024:.0f} KiB"
             return {"files": artifact.files, "info": artifact.info, "size_bytes": artifact.size_bytes}
 
         key = {
             "onnx": common.sha256,
-            "options": self.section.options,
-            "hints": hints,
+            "options": options,
             "runtime": self.runtime.version(),
             "cpu": cpu_model(),
         }

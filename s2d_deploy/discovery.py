@@ -6,8 +6,10 @@ attention interface, becomes an `Op`, in execution order, with its multiply-accu
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,17 @@ from s2d_deploy.attention import use_visible_attention, watching
 from s2d_deploy.errors import ModelError, message
 from s2d_deploy.plan import Op
 
+logger = logging.getLogger(__name__)
 
-def discover(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Op]:
+
+def discover(model: nn.Module, batch: Mapping[str, Tensor], output: str | None = None) -> dict[str, Op]:
     """The model's ops by name.
 
     Args:
         model: called as ``model(**batch)``; its attention implementation is switched to the visible one.
         batch: tensors whose first dimension is the batch.
+        output: the output that will be exported. Ops that it does not depend on (a pooler beside the hidden
+            states) are left out: they will not be in the graph.
 
     Raises:
         ModelError: a module is called more than once (its sites would be ambiguous), or nothing was found.
@@ -32,6 +38,7 @@ def discover(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Op]:
     ops: dict[str, Op] = {}
     size = next(iter(batch.values())).shape[0]
     queries: dict[str, Tensor] = {}
+    witnesses: dict[str, Tensor] = {}
 
     def add(op: Op) -> None:
         if op.name in ops:
@@ -49,9 +56,11 @@ def discover(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Op]:
         if isinstance(module, nn.Linear):
             k, n = module.in_features, module.out_features
             add(Op(name, "linear", k, n, args[0].numel() // size * n))
+            witnesses[name] = output
         elif isinstance(module, nn.Conv2d):
             k = module.in_channels // module.groups * math.prod(module.kernel_size)
             add(Op(name, "conv", k, module.out_channels, output.numel() // size * k))
+            witnesses[name] = output
 
     def on_operand(module: nn.Module, operand: str, x: Tensor) -> None:
         name = names[module]
@@ -70,17 +79,36 @@ def discover(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Op]:
                 left.numel() // size * n,
             )
         )
+        witnesses[f"{name}.{kind}"] = x
 
     handles = [m.register_forward_hook(on_layer) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    training = model.training
+    training, frozen = model.training, [p for p in model.parameters() if not p.requires_grad]
     model.eval()
     try:
-        with torch.no_grad(), watching(on_operand):
-            model(**batch)
+        for p in frozen:
+            p.requires_grad_(p.is_floating_point())
+        with torch.enable_grad(), watching(on_operand):
+            result = model(**batch)
+        unused = _unused(result, output, witnesses)
     finally:
         model.train(training)
+        for p in frozen:
+            p.requires_grad_(False)
         for handle in handles:
             handle.remove()
     if not ops:
         raise ModelError(message("the model has no Linear, Conv2d or attention", found=type(model).__name__))
-    return ops
+    if unused:
+        logger.info("not needed for output %r, left out: %s", output, ", ".join(unused))
+    return {name: op for name, op in ops.items() if name not in unused}
+
+
+def _unused(result: Any, output: str | None, witnesses: Mapping[str, Tensor]) -> list[str]:
+    """Ops from which no path leads to the output: autograd knows."""
+    if output is None or isinstance(result, Tensor):
+        return []
+    if output not in result:
+        known = ", ".join(result.keys())
+        raise ModelError(message(f"the model has no output {output!r}", expected=known, fix="set model.output"))
+    reached = torch.autograd.grad(result[output].sum(), list(witnesses.values()), allow_unused=True)
+    return [name for name, grad in zip(witnesses, reached, strict=True) if grad is None]

@@ -89,7 +89,7 @@ class Pipeline:
     @cached_property
     def ops(self) -> dict[str, Op]:
         """Its contractions."""
-        return discover(self.model.module, next(iter(self.data.test.batches(1))))
+        return discover(self.model.module, next(iter(self.data.test.batches(1))), self.model.output)
 
     def plan(self, precision: str) -> Plan:
         """The plan of a precision; the baseline's has no sites."""

@@ -196,6 +196,15 @@ class Target(Protocol):
         """
         ...
 
+    def shape_options(self, batches: Sequence[int], sizes: Mapping[str, int]) -> dict[str, Any]:
+        """Options that make `build` serve these shapes; {} for a target that serves any.
+
+        Args:
+            batches: batch sizes that will be run.
+            sizes: length of every other dynamic dimension, by its name in the ONNX file.
+        """
+        ...
+
     def build(
         self,
         dialect: Path,
