@@ -6,17 +6,21 @@ where there are some, lie beside it. Everything is read lazily, a batch at a tim
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from s2d_deploy.errors import DataError, message
+from s2d_deploy.pixels import image_statistics, read_images
 
 if TYPE_CHECKING:
     from s2d_deploy.recipe import DataSection
@@ -101,6 +105,7 @@ def load_data(
     Raises:
         DataError: missing, empty or broken data; labels out of range.
     """
+    image_size, channels = section.image_size or image_size, section.channels or channels
     loaders = {"digits": _digits, "images": _images, "text": _text, "npz": _npz}
     train, test, facts, length = loaders[section.kind](section, image_size, channels, model_source)
     for name, split in (("training", train), ("test", test)):
@@ -114,21 +119,23 @@ def load_data(
         "train": train.size,
         "test": test.size,
         "calibration": calibration.size,
+        "seed": section.seed,
         **facts,
     }
     return Dataset(train, calibration, test, fingerprint, length)
 
 
 def _check_labels(name: str, labels: Tensor | None, classes: int | None) -> None:
-    if labels is None or classes is None:
+    if labels is None:
         return
-    bad = (labels < 0) | (labels >= classes)
+    # Below 0 is wrong whatever the model; torch would take -100 for "ignore this sample".
+    bad = (labels < 0) | (labels >= classes) if classes is not None else labels < 0
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
         raise DataError(
             message(
                 f"{int(bad.sum())} {name} label(s) are out of range, the first at sample {index}",
-                expected=f"0 to {classes - 1}, for the model's {classes} classes",
+                expected="0 or more" if classes is None else f"0 to {classes - 1}, for the model's {classes} classes",
                 found=str(int(labels[index])),
                 fix="use the model that these labels belong to, or set model.config.num_labels",
             )
@@ -163,7 +170,7 @@ def _digits(section: DataSection, image_size: int | None, channels: int, _source
     targets = torch.from_numpy(labels.astype(np.int64))
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(section.seed))
     parts = [_in_memory({"pixel_values": pixels[i]}, targets[i]) for i in (order[:1200], order[1200:])]
-    return parts[0], parts[1], {"seed": section.seed}, None
+    return parts[0], parts[1], {}, None
 
 
 def _in_memory(tensors: Mapping[str, Tensor], labels: Tensor | None) -> Samples:
@@ -174,65 +181,54 @@ def _in_memory(tensors: Mapping[str, Tensor], labels: Tensor | None) -> Samples:
 def _images(section: DataSection, image_size: int | None, channels: int, source: str | None) -> _Loaded:
     """``train/CLASS/*`` and ``test/CLASS/*``; without class folders the images are unlabelled."""
     if image_size is None:
-        raise DataError(message("this model takes no images", fix="use data.kind text or npz"))
+        raise DataError(
+            message(
+                "the model's config names no image size",
+                fix="set data.image_size and data.channels, or use data.kind text or npz",
+            )
+        )
     root = _existing(section)
     splits = {}
     for split in ("train", "test"):
         folder = root / split
         if not folder.is_dir():
             raise DataError(message(f"{folder}: no such folder", expected="train/ and test/ inside data.path"))
-        classes = sorted(d.name for d in folder.iterdir() if d.is_dir())
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
         if not files:
             raise DataError(message(f"{folder}: no images", expected=f"files ending in {', '.join(IMAGE_SUFFIXES)}"))
+        loose = [p for p in files if p.parent == folder]
+        if loose and len(loose) < len(files):
+            raise DataError(
+                message(
+                    f"{folder}: {len(loose)} image(s) lie outside of the class folders, the first {loose[0].name!r}",
+                    expected=f"{split}/CLASS/*, or no class folders at all",
+                )
+            )
+        classes = sorted(d.name for d in folder.iterdir() if d.is_dir()) if not loose else []
         names = [p.relative_to(folder).parts[0] for p in files]
         labels = torch.tensor([classes.index(n) for n in names]) if classes else None
         splits[split] = (files, labels, classes)
     if splits["train"][2] != splits["test"][2]:
         odd = sorted(set(splits["train"][2]) ^ set(splits["test"][2]))
         raise DataError(message(f"{root}: train and test have different classes", found=", ".join(odd[:5])))
-    mean, std = _image_statistics(source, channels)
+    mean, std = image_statistics(source, channels)
     shape = (image_size, image_size)
 
     def samples(split: str) -> Samples:
         files, labels, _ = splits[split]
         return Samples(
-            lambda index: {"pixel_values": _read_images([files[i] for i in index], shape, channels, mean, std)},
+            lambda index: {"pixel_values": read_images([files[i] for i in index], shape, channels, mean, std)},
             labels,
             len(files),
         )
 
-    facts = {"files": _digest_files([*splits["train"][0], *splits["test"][0]], root)}
+    facts = {
+        "files": _digest_files([*splits["train"][0], *splits["test"][0]], root),
+        "mean": mean.flatten().tolist(),
+        "std": std.flatten().tolist(),
+        "size": image_size,
+    }
     return samples("train"), samples("test"), facts, None
-
-
-def _read_images(files: Sequence[Path], size: tuple[int, int], channels: int, mean: Tensor, std: Tensor) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
-
-    pixels = []
-    for path in files:
-        try:
-            with Image.open(path) as image:
-                converted = image.convert("RGB" if channels == 3 else "L").resize(size, Image.Resampling.BICUBIC)
-                pixels.append(torch.from_numpy(np.asarray(converted, dtype=np.float32) / 255.0))
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise DataError(
-                message(f"{path}: not a readable image", found=str(error), fix="remove or replace the file")
-            ) from error
-    stacked = torch.stack(pixels).reshape(len(pixels), size[1], size[0], channels).permute(0, 3, 1, 2)
-    return ((stacked - mean) / std).contiguous()
-
-
-def _image_statistics(source: str | None, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and spread from the checkpoint's preprocessor_config.json; 0.5 where it has none."""
-    import json
-
-    mean, std = [0.5] * channels, [0.5] * channels
-    path = Path(source) / "preprocessor_config.json" if source else None
-    if path is not None and path.is_file():
-        document = json.loads(path.read_text())
-        mean, std = document.get("image_mean", mean), document.get("image_std", std)
-    return torch.tensor(mean).reshape(1, -1, 1, 1), torch.tensor(std).reshape(1, -1, 1, 1)
 
 
 def _text(section: DataSection, _size: int | None, _channels: int, source: str | None) -> _Loaded:
@@ -268,7 +264,11 @@ def _text(section: DataSection, _size: int | None, _channels: int, source: str |
 
     order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(section.seed)).tolist()
     cut = len(lines) - max(1, len(lines) // 10)
-    facts = {"files": _digest_files(files, root if root.is_dir() else root.parent)}
+    facts = {
+        "files": _digest_files(files, root if root.is_dir() else root.parent),
+        "tokenizer": section.tokenizer or source,
+        "max_length": section.max_length,
+    }
     return samples([lines[i] for i in order[:cut]]), samples([lines[i] for i in order[cut:]]), facts, section.max_length
 
 
@@ -278,12 +278,15 @@ def _tokenizer(source: str | None) -> Any:
     if source is None:
         raise DataError(message("text needs a tokenizer", fix="set data.tokenizer to a folder or id"))
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # transformers, tokenizers and hub clients raise a dozen kinds
+        reason = " ".join(str(error).split())[:240]
         raise DataError(
             message(f"no tokenizer in {source!r}", found=reason, fix="set data.tokenizer to a folder or id")
         ) from error
+    if tokenizer.pad_token is None:
+        raise DataError(message(f"the tokenizer in {source!r} has no padding token", fix="use a BERT-like tokenizer"))
+    return tokenizer
 
 
 def _npz(section: DataSection, _size: int | None, _channels: int, _source: str | None) -> _Loaded:
@@ -292,14 +295,30 @@ def _npz(section: DataSection, _size: int | None, _channels: int, _source: str |
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-        raise DataError(message(f"{path}: not a readable .npz file", found=str(error))) from error
+    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        # AttributeError: np.load gives a bare array for a .npy file.
+        raise DataError(
+            message(
+                f"{path}: not a readable .npz file", expected="numeric arrays, never pickled objects", found=str(error)
+            )
+        ) from error
+    odd = [f"{name} ({a.dtype})" for name, a in arrays.items() if a.dtype.kind not in "fiub" or a.dtype.itemsize > 8]
+    if odd:
+        raise DataError(
+            message(f"{path}: arrays that a model cannot take", expected="float, int or bool", found=", ".join(odd))
+        )
     splits = []
     for split in ("train", "test"):
-        tensors = {
-            n.removeprefix(f"{split}."): torch.from_numpy(a) for n, a in arrays.items() if n.startswith(f"{split}.")
-        }
+        tensors = {n.removeprefix(f"{split}."): _tensor(a) for n, a in arrays.items() if n.startswith(f"{split}.")}
         labels = tensors.pop("labels", None)
+        if labels is not None and (labels.is_floating_point() or labels.dim() != 1):
+            raise DataError(
+                message(
+                    f"{path}: {split}.labels",
+                    expected="integers of shape (n,)",
+                    found=f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}",
+                )
+            )
         if not tensors:
             raise DataError(
                 message(
@@ -308,28 +327,44 @@ def _npz(section: DataSection, _size: int | None, _channels: int, _source: str |
                     found=", ".join(arrays) or "nothing",
                 )
             )
+        scalars = [f"{split}.{name}" for name, t in tensors.items() if not t.dim()]
+        if scalars:
+            raise DataError(message(f"{path}: {', '.join(scalars)}", expected="a first dimension of samples"))
         sizes = {name: len(t) for name, t in tensors.items()} | ({} if labels is None else {"labels": len(labels)})
         if len(set(sizes.values())) != 1:
             raise DataError(message(f"{path}: {split} arrays differ in their number of samples", found=str(sizes)))
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise DataError(message(f"{path}: {split}.{name} has NaN or infinite values", fix="clean the data"))
-        tensors = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
         splits.append(_in_memory(tensors, None if labels is None else labels.long()))
+    inputs = [sorted(next(iter(s.batches(1)), {})) for s in splits]
+    if all(inputs) and inputs[0] != inputs[1]:
+        raise DataError(
+            message(f"{path}: train and test have different inputs", expected=f"{inputs[0]}", found=f"{inputs[1]}")
+        )
     return splits[0], splits[1], {"files": _digest_files([path], path.parent)}, None
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    """float32, bool or int64, native byte order: what models take."""
+    kind = {"f": np.float32, "b": np.bool_}.get(array.dtype.kind, np.int64)
+    with np.errstate(over="ignore"):  # beyond FP32 becomes infinite, which the caller names
+        return torch.from_numpy(np.ascontiguousarray(array).astype(kind).reshape(array.shape))
 
 
 def _existing(section: DataSection) -> Path:
     path = Path(section.path or "").expanduser()
     if not path.exists():
         raise DataError(message(f"data.path {section.path!r} does not exist", fix="set it with --set data.path=..."))
+    if section.kind == "images" and not path.is_dir():
+        raise DataError(
+            message(f"data.path {section.path!r}", expected="a folder with train/ and test/", found="a file")
+        )
     return path
 
 
 def _digest_files(files: Sequence[Path], root: Path) -> str:
     """sha256 over names, sizes and modification times: cheap for 60,000 images, and another set never matches."""
-    import hashlib
-
     h = hashlib.sha256()
     for path in files:
         stat = path.stat()

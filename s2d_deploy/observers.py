@@ -24,6 +24,8 @@ from s2d_deploy.grid import Grid, PerAxis, PerBlock, PerTensor
 Method = Literal["absmax", "percentile", "mse"]
 METHODS: tuple[Method, ...] = ("absmax", "percentile", "mse")
 HALF_BINS = 16384
+# Below this magnitude bins would be narrower than FP32 can divide by; such values lie in the bins beside zero.
+_LEAST_LIMIT = 2.0**-100
 _RATIOS = torch.linspace(1.0, 0.02, 197, dtype=torch.float64)
 _WEIGHT_RATIOS = torch.linspace(1.0, 0.3, 71, dtype=torch.float64)
 
@@ -69,7 +71,7 @@ class Histogram:
         largest = max(-low, high)
         if largest > 0:
             # The upper edge is exclusive, so a magnitude that is itself a power of two needs the next one.
-            self._grow(2.0 ** (math.floor(math.log2(largest)) + 1))
+            self._grow(max(2.0 ** math.frexp(largest)[1], _LEAST_LIMIT))
         width = (self.limit or 1.0) / HALF_BINS
         index = torch.floor(values / width).to(torch.int64).add_(HALF_BINS).clamp_(0, 2 * HALF_BINS - 1)
         self.counts += torch.bincount(index, minlength=2 * HALF_BINS)
@@ -107,7 +109,7 @@ class Histogram:
         n = max(self.total, 1)
         m, m2, m3, m4 = (float(p) / n for p in self.power)
         variance = m2 - m * m
-        if variance <= 0:
+        if variance <= 1e-12 * m2:  # within the rounding of the difference: a constant
             return 0.0
         return (m4 - 4 * m * m3 + 6 * m * m * m2 - 3 * m**4) / variance**2
 
@@ -120,7 +122,7 @@ class Histogram:
         """Smallest magnitude that at least `percent` of the magnitudes do not exceed, to one bin; at most absmax."""
         width = (self.limit or 1.0) / HALF_BINS
         magnitudes = self.counts[HALF_BINS:] + self.counts[:HALF_BINS].flip(0)
-        reached = torch.cumsum(magnitudes, 0) >= math.ceil(self.total * percent / 100.0)
+        reached = torch.cumsum(magnitudes, 0) >= math.ceil(self.total * percent / 100.0 - 1e-9)
         return min((int(reached.to(torch.int8).argmax()) + 1) * width, self.absmax)
 
 
@@ -134,6 +136,7 @@ def activation_parameters(
         grid: a per-tensor grid.
         method: "absmax" covers everything; "percentile" covers `percent` of the magnitudes; "mse" minimizes the
             expected squared error over 197 clipping ratios (Banner et al., arXiv 1810.05723, section 2, by search).
+            Clipping is of magnitudes: the short side of a skewed range stays whole.
 
     Returns:
         float32 scalar scale, positive; int32 scalar zero point.
@@ -153,12 +156,12 @@ def activation_parameters(
         raise PlanError(message("an unsigned symmetric grid needs non-negative values", found=f"minimum {low:.4g}"))
     if high == low:
         return torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
-    ratio = 1.0
+    limit = histogram.absmax
     if method == "percentile":
-        ratio = max(histogram.percentile(percent), 1e-12) / histogram.absmax
+        limit = histogram.percentile(percent)
     elif method == "mse":
-        ratio = _best_ratio(histogram, grid, low, high)
-    return _parameters(grid, low * ratio, high * ratio)
+        limit *= _best_ratio(histogram, grid, low, high)
+    return _parameters(grid, max(low, -limit), min(high, limit))
 
 
 def _parameters(grid: Grid, low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -180,7 +183,8 @@ def _best_ratio(histogram: Histogram, grid: Grid, low: float, high: float) -> fl
     weight = histogram.counts[filled].to(torch.float64)
     best, best_error = 1.0, math.inf
     for ratio in _RATIOS.tolist():
-        scale, zero_point = (float(p) for p in _parameters(grid, low * ratio, high * ratio))
+        limit = histogram.absmax * ratio
+        scale, zero_point = (float(p) for p in _parameters(grid, max(low, -limit), min(high, limit)))
         code = (torch.round(centers / scale) + zero_point).clamp(grid.qmin, grid.qmax)
         error = float((weight * ((code - zero_point) * scale - centers) ** 2).sum())
         if error < best_error:
@@ -193,18 +197,23 @@ def weight_parameters(weight: Tensor, grid: Grid, method: Method, percent: float
 
     Args:
         weight: float, ``(N, K)`` or ``(O, I, kh, kw)``.
-        grid: symmetric; per tensor, per axis or per block.
+        grid: symmetric and signed; per tensor, per axis or per block.
         method: as in `activation_parameters`, but on the values themselves (MSE: 71 ratios from 1 to 0.3).
 
     Returns:
         float32 scales of ``grid.scale_shape(weight.shape)``, 1 for an all-zero group; int32 zeros of that shape.
 
     Raises:
-        PlanError: an affine grid, or a block size that does not divide the width.
+        PlanError: an affine, unsigned or per-token grid, or a block size that does not divide the width.
         DataError: NaN or infinite weights.
     """
-    if not grid.symmetric:
-        raise PlanError(message("weights are quantized symmetrically", fix="set symmetric=True for weights"))
+    if not (grid.symmetric and grid.signed) or grid.dynamic:
+        raise PlanError(
+            message(
+                "weights are quantized with stored, symmetric, signed scales",
+                found=f"symmetric={grid.symmetric}, signed={grid.signed}, per {grid.granularity.kind}",
+            )
+        )
     if not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())
         raise DataError(message(f"{bad} weights are NaN or infinite", fix="use a sound checkpoint"))
@@ -212,7 +221,7 @@ def weight_parameters(weight: Tensor, grid: Grid, method: Method, percent: float
     w = weight.detach().to(torch.float32)
     divisor = -grid.qmin if grid.scale_rule == "qmin" else grid.qmax
     if method == "percentile":
-        limit = _reduce(w.abs(), grid, lambda groups: torch.quantile(groups, percent / 100.0, dim=1))
+        limit = _reduce(w.abs(), grid, lambda groups: _covering(groups, percent))
     else:
         limit = _reduce(w.abs(), grid, lambda groups: groups.amax(dim=1))
     scale = _usable((limit / divisor).reshape(shape))
@@ -228,6 +237,13 @@ def weight_parameters(weight: Tensor, grid: Grid, method: Method, percent: float
             best, best_error = torch.where(better, candidate, best), torch.where(better, error, best_error)
         scale = best
     return scale, torch.zeros(shape, dtype=torch.int32)
+
+
+def _covering(groups: Tensor, percent: float) -> Tensor:
+    """For each row the smallest of its values that `percent` of them do not exceed; its largest if that is 0."""
+    rank = max(math.ceil(groups.shape[1] * percent / 100.0 - 1e-9), 1)
+    limit = torch.kthvalue(groups, rank, dim=1).values
+    return torch.where(limit > 0, limit, groups.amax(dim=1))
 
 
 def _usable(scale: Tensor) -> Tensor:

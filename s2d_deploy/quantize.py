@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -60,7 +61,7 @@ def build_plan(
     Raises:
         RecipeError: a pattern in skip or overrides matches no op.
         PlanError: block sizes that do not divide (every layer is listed), or a grid that does not fit.
-        ModelError: NaN or infinite weights, by layer.
+        ModelError: NaN or infinite weights; every such layer is named.
         DataError: a site without calibration statistics.
     """
     wanted = parse_precision(precision)
@@ -78,11 +79,12 @@ def build_plan(
     chosen = {name: _precision_of(op, wanted, config) for name, op in ops.items()}
     modules = dict(model.named_modules())
     _check_blocks(ops, chosen, modules, config)
+    _check_weights(ops, chosen, modules)
     for name, op in ops.items():
         p = chosen[name]
         for site, role in op.sites:
             if role == "weight":
-                if p.weights < 16 and not (op.kind == "conv" and p.activations == 16):
+                if _stores_codes(op, p):
                     plan.add(_weight_site(site, op, modules[name].weight, p, config))
             elif p.activations < 16:
                 plan.add(_activation_site(site, op, role, calibration, p, config))
@@ -108,16 +110,17 @@ def _precision_of(op: Op, wanted: Precision, config: QuantizeConfig) -> Precisio
 
 
 def _check_patterns(ops: Mapping[str, Op], config: QuantizeConfig) -> None:
-    for key, patterns in (("skip", config.skip), ("overrides", tuple(config.overrides))):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in ops):
-                raise RecipeError(
-                    message(
-                        f"quantize.{key}: {pattern!r} matches no layer",
-                        expected=f"a pattern for one of {len(ops)} ops such as {', '.join(list(ops)[:3])}",
-                        fix="see `s2d-deploy diagnose` for the names",
-                    )
-                )
+    given = [("skip", p) for p in config.skip] + [("overrides", p) for p in config.overrides]
+    idle = [(key, p) for key, p in given if not any(fnmatchcase(name, p) for name in ops)]
+    if idle:
+        close = get_close_matches(idle[0][1], list(ops), n=1)
+        raise RecipeError(
+            message(
+                "; ".join(f"quantize.{key}: {pattern!r} matches no layer" for key, pattern in idle),
+                expected=f"a pattern for one of {len(ops)} ops such as {', '.join(list(ops)[:3])}",
+                fix=f"did you mean {close[0]!r}?" if close else "see `s2d-deploy diagnose` for the names",
+            )
+        )
 
 
 def _check_blocks(
@@ -139,6 +142,31 @@ def _check_blocks(
         )
 
 
+def _check_weights(ops: Mapping[str, Op], chosen: Mapping[str, Precision], modules: Mapping[str, nn.Module]) -> None:
+    """Every layer to be quantized whose weights are not finite, at once."""
+    bad = []
+    for name, op in ops.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if _stores_codes(op, chosen[name]) and isinstance(weight, Tensor):
+            count = int((~torch.isfinite(weight)).sum())
+            bad += [f"{name} ({count} of {weight.numel()})"] if count else []
+    if bad:
+        raise ModelError(
+            message(
+                f"NaN or infinite weights in {len(bad)} layer(s): {', '.join(bad)}",
+                expected="finite weights",
+                fix="use a sound checkpoint",
+            )
+        )
+
+
+def _stores_codes(op: Op, precision: Precision) -> bool:
+    """Whether the op's weight is quantized. Convolutions have no weight-only kernels, so theirs stay float there."""
+    if op.kind not in ("linear", "conv") or precision.weights == 16:
+        return False
+    return not (op.kind == "conv" and precision.activations == 16)
+
+
 def _blocked(op: Op, precision: Precision) -> bool:
     return op.kind == "linear" and precision.weights < 8 and precision.activations == 16
 
@@ -147,10 +175,7 @@ def _weight_site(site: str, op: Op, weight: Tensor, precision: Precision, config
     granularity: Granularity = PerBlock(1, config.block_size) if _blocked(op, precision) else PerAxis(0)
     # Narrow 8-bit codes: negation stays on the grid, and an accumulator is at most K * 127 * 128.
     grid = Grid(precision.weights, narrow=precision.weights == 8, granularity=granularity)
-    try:
-        scale, zero_point = weight_parameters(weight, grid, config.weights, config.percentile)
-    except DataError as error:
-        raise ModelError(f"layer {op.name!r}: {error}") from error
+    scale, zero_point = weight_parameters(weight, grid, config.weights, config.percentile)
     return Site(site, op.name, "weight", grid, scale, zero_point, f"rtn-{config.weights}")
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-
-from s2d_deploy.diagnose import LayerDiagnosis
+from rich.text import Text
 
 DASH = "–"
 
@@ -64,18 +63,20 @@ def gates_table(gates: Sequence[Mapping[str, Any]]) -> str:
             number(g["limit"], ".4g"),
         )
     evidence = [
-        f"  {g['name']} {g['target']} {g['precision']}: {g['evidence']}" for g in gates if g["verdict"] != "pass"
+        "  " + " ".join(str(part) for part in (g["name"], g["target"], g["precision"]) if part) + f": {g['evidence']}"
+        for g in gates
+        if g["verdict"] != "pass"
     ]
     return _text(table) + "\n".join(evidence)
 
 
-def diagnosis_table(layers: Iterable[LayerDiagnosis]) -> str:
-    """Layers, worst first."""
+def diagnosis_table(layers: Iterable[Mapping[str, Any]]) -> str:
+    """Layers (documents of `diagnose.LayerDiagnosis`), worst first."""
     table = Table(title="diagnosis", title_justify="left")
     table.add_column("layer", overflow="fold")
     for name in ("flagged", "PCDR", "sigma max", "max |output|", "kurtosis"):
         table.add_column(name, justify="right", no_wrap=True)
-    for layer in sorted((x.to_dict() for x in layers), key=lambda d: -d["max_abs_activation"]):
+    for layer in sorted(layers, key=lambda d: -d["max_abs_activation"]):
         table.add_row(
             layer["name"],
             f"k = {layer['k_target']}" if layer["flagged"] else DASH,
@@ -89,7 +90,7 @@ def diagnosis_table(layers: Iterable[LayerDiagnosis]) -> str:
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
     """Two runs side by side."""
-    table = Table(title=f"{first}  |  {second}", title_justify="left")
+    table = Table(title=Text(f"{first}  |  {second}"), title_justify="left")
     for name in ("target", "precision", "figure"):
         table.add_column(name, no_wrap=True)
     for name in ("first", "second", "change"):
@@ -99,18 +100,23 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], first: str, second: str)
             row["target"],
             row["precision"],
             row["figure"],
-            number(row["first"], ".4g"),
-            number(row["second"], ".4g"),
-            number(row["change"], "+.4g"),
+            number(row["first"], _form(row["first"])),
+            number(row["second"], _form(row["second"])),
+            number(row["change"], "+" + _form(row["change"])),
         )
     return _text(table)
 
 
 def number(value: Any, form: str) -> str:
-    """`value` formatted, a text as it is, a dash for None."""
-    if value is None:
+    """`value` formatted, a text as it is, a dash for None and NaN."""
+    if value is None or value != value:  # NaN differs from itself
         return DASH
     return format(value, form) if isinstance(value, int | float) else str(value)
+
+
+def _form(value: Any) -> str:
+    """Counts and bytes whole, everything else to four digits."""
+    return ",d" if isinstance(value, int) else ".4g"
 
 
 def _share(part: int | None, whole: int | None) -> str:
@@ -129,5 +135,8 @@ def _merged(reasons: list[str]) -> list[str]:
 
 def _text(table: Table) -> str:
     buffer = StringIO()
-    Console(file=buffer, width=150, highlight=False).print(table)
+    # Plain text whatever the environment says; names are printed as they are, brackets and colons included.
+    Console(
+        file=buffer, width=150, highlight=False, markup=False, emoji=False, force_terminal=False, color_system=None
+    ).print(table)
     return buffer.getvalue()
