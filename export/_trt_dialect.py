@@ -163,6 +163,8 @@ def _weights(g: _Graph) -> None:
         if node.op_type != "DequantizeLinear" or node.input[0] not in g.stored:
             continue
         site = _site(node)
+        if not _usable(g, site, g.array(node.input[1])):
+            continue
         users = g.consumers.get(node.output[0], [])
         blocked = bool(attributes(node).get("block_size"))
         if blocked and any(_quantized_left(g, user) for user in users):
@@ -209,6 +211,8 @@ def _activations(g: _Graph) -> None:
             )
             continue
         scale = g.array(node.input[1]).astype(np.float32)
+        if not _usable(g, site, scale):
+            continue
         container = onnx.TensorProto.DataType.Name(g.stored[node.input[2]].data_type)
         zero = int(as_codes(g.array(node.input[2])))
         low, high = (end - zero for end in CODES[container])
@@ -313,6 +317,17 @@ def _shifted(g: _Graph, value: str) -> bool:
 def _quantized_left(g: _Graph, product: onnx.NodeProto) -> bool:
     node = g.producers.get(product.input[0])
     return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _usable(g: _Graph, site: str, scale: npt.NDArray[Any]) -> bool:
+    """TensorRT multiplies by 1 / scale: a scale that is zero, denormal or not finite has no such thing in FP32."""
+    bad = ~(np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny))
+    if bad.any():
+        worst = scale[bad].reshape(-1)[0]
+        g.refused.append(
+            f"{site}: {int(bad.sum())} scale(s) that are zero, denormal or not finite ({worst:g}); calibrate again"
+        )
+    return not bad.any()
 
 
 def _fits(codes: npt.NDArray[Any], ends: tuple[int, int]) -> bool:

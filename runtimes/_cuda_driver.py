@@ -67,16 +67,21 @@ class Driver:
             f"{version.value // 1000}.{version.value % 1000 // 10}",
         )
 
-    def use_primary_context(self) -> None:
-        """Make the device's primary context current in this thread."""
-        context = ctypes.c_void_p()
+    def retain_context(self) -> None:
+        """Open the device's primary context, and make it current in this thread."""
+        self._context = ctypes.c_void_p()
         self.check(
-            self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._device), "opening the GPU's context"
+            self._library.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), self._device),
+            "opening the GPU's context",
         )
-        self.check(self._library.cuCtxSetCurrent(context), "using the GPU's context")
+        self.use_context()
 
-    def release_primary_context(self) -> None:
-        """Give back what `use_primary_context` took."""
+    def use_context(self) -> None:
+        """Make the opened context current in this thread; every thread that makes a call below needs it."""
+        self.check(self._library.cuCtxSetCurrent(self._context), "using the GPU's context")
+
+    def release_context(self) -> None:
+        """Give back what `retain_context` took."""
         self._library.cuDevicePrimaryCtxRelease_v2(self._device)
 
     def stream(self) -> int:

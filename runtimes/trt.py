@@ -20,7 +20,7 @@ import numpy as np
 
 from s2d_deploy.errors import ArtifactError, DataError, DeviceUnavailable, UnsupportedError, message
 from s2d_deploy.files import read_json
-from s2d_deploy.session import Array, Artifact, Audit, Feeds, Rung, require_feeds
+from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung, require_feeds
 
 from . import _trt_package as package
 from ._cuda_driver import Device, Driver
@@ -108,7 +108,7 @@ def read_description(artifact: Artifact) -> dict[str, Any]:
     if not path.is_file():
         raise ArtifactError(message(f"{path}: missing", fix="build the artifact again"))
     document = read_json(path)
-    needed = {"format", "package", "version", "compute_capabilities", "inputs", "outputs", "ops", "shapes"}
+    needed = {"format", "package", "version", "compute_capabilities", "inputs", "outputs", "ops", "shapes", "audit"}
     if document.get("format") != FORMAT or not needed <= set(document):
         raise ArtifactError(
             message(
@@ -160,7 +160,7 @@ class TensorRTSession:
         self._trt, self._driver, self._description = trt, driver, description
         self._buffers: dict[str, tuple[int, int]] = {}  # tensor -> address, bytes
         self._log = package.new_log(trt)
-        driver.use_primary_context()
+        driver.retain_context()
         self._stream = driver.stream()
         self._runtime = trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(engine)
@@ -191,6 +191,7 @@ class TensorRTSession:
         """
         inputs = [tensor["name"] for tensor in self._description["inputs"]]
         require_feeds(feeds, inputs)
+        self._driver.use_context()  # the caller's thread may not be the one that opened the session
         hosts: list[Array] = []  # alive until the stream is drained
         for name in inputs:
             host = self._checked(name, feeds[name])
@@ -229,11 +230,18 @@ class TensorRTSession:
         )
 
     def audit(self) -> Audit:
-        """Read from the loaded engine by TensorRT's inspector."""
+        """Read from the loaded engine by TensorRT's inspector; if that shows no layers, what the builder printed."""
         inspector = self._engine.create_engine_inspector()
         text = inspector.get_engine_information(self._trt.LayerInformationFormat.ONELINE)
+        found = parse_layers(text)
+        if not found:
+            built = self._description["audit"]
+            ops = tuple(ExecutedOp(**op) for op in built["ops"])
+            return Audit(
+                ops, built["rung"], built["evidence"], (*built["notes"], "the engine inspector showed no layers")
+            )
         evidence = f"engine inspector of {self._trt.__name__} {self._trt.__version__} on the loaded engine"
-        return audit_layers(parse_layers(text), self._description["ops"], evidence)
+        return audit_layers(found, self._description["ops"], evidence)
 
     def close(self) -> None:
         """Free the engine, the buffers and the stream; a second call does nothing."""
@@ -244,7 +252,7 @@ class TensorRTSession:
         if self._stream:
             self._driver.drop_stream(self._stream)
             self._stream = 0
-            self._driver.release_primary_context()
+            self._driver.release_context()
 
     def __enter__(self) -> TensorRTSession:
         return self

@@ -275,6 +275,17 @@ def test_every_quantizer_that_cannot_be_expressed_is_named():
     assert "b.weight: 8-bit weights less their zero points reach -255..255" in text
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-40, np.inf, np.nan])
+def test_a_scale_without_a_reciprocal_is_refused(scale):
+    g = Graph("w8a8")
+    w = g.weight("op.weight", np.ones((4, 2)), "INT8", np.array([0.1, scale]), axis=1)
+    g.product(g.pair("x", "op.input", "INT8", scale), w, "op", "W8A8")
+    with pytest.raises(UnsupportedError) as caught:
+        dialect.to_dialect(g.model("op.out", ["batch", 4]))
+    for site in ("op.input", "op.weight"):
+        assert f"{site}: 1 scale(s) that are zero, denormal or not finite" in str(caught.value)
+
+
 def test_an_unsigned_8_bit_input_of_a_convolution_is_refused():
     g = Graph("w8a8")
     w = g.weight("patch.weight", np.ones((4, 1, 2, 2)), "INT8", np.ones(4), axis=0)

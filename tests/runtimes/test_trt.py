@@ -34,6 +34,7 @@ DESCRIPTION = {
     "outputs": [{"name": "y", "dtype": "FLOAT", "shape": [-1, 4]}],
     "shapes": {"x": [[1, 4], [2, 4], [8, 4]]},
     "ops": [],
+    "audit": {},
 }
 
 
