@@ -1,7 +1,9 @@
 """The command line. Verbs are prefixes of one pipeline; each works on what the one before left in the run folder.
 
 Nothing heavy is imported here: ``--help`` answers at once, and each verb imports what it needs.
-Exit codes: 0 all gates passed, 1 a gate failed or is undecided, 2 the input is wrong, 3 a runtime or device is missing.
+stdout holds results only (one JSON document with ``--json``); progress and errors go to stderr.
+Exit codes: 0 all gates passed, 1 a gate failed or is undecided, 2 the input is wrong, 3 a runtime or device is missing,
+70 an error that nobody foresaw, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,13 +21,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from s2d_deploy import __version__
-from s2d_deploy.errors import EXIT_USER_ERROR, S2DDeployError
+from s2d_deploy.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR, S2DDeployError, exit_code_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from s2d_deploy.pipeline import Pipeline
 
+_OURS = logging.getLogger("s2d_deploy")
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
 F = TypeVar("F", bound=Callable[..., Any])
 
 _EPILOG = """\b
@@ -34,8 +40,14 @@ Examples:
   s2d-deploy quantize my.yaml --precision w4a4     only up to the plan
   s2d-deploy compare runs/a runs/b                 two runs side by side
 
-Exit codes: 0 all gates passed, 1 a gate failed or is undecided,
-2 the input is wrong, 3 a runtime or device is missing."""
+
+Exit codes:
+  0    done, and all gates passed
+  1    a gate failed or is undecided
+  2    the input is wrong, or the machine refused (disk full, no permission)
+  3    a runtime or device is missing
+  70   an unexpected error, a bug (--debug shows the traceback)
+  130  interrupted; the same command goes on where it was stopped"""
 
 
 class _Commands(click.Group):
@@ -52,8 +64,24 @@ class _Commands(click.Group):
 def cli() -> None:
     """Condition, quantize, export, run, prove, measure and gate low-bit transformers.
 
-    A RECIPE is a YAML file, or the name of an embedded one: digits-vit, minilm.
+    A RECIPE is a YAML file, or the name of an embedded one: digits-vit, minilm. The verbs are steps of one pipeline, in
+    this order; each does the steps before it where they are not done yet, and reuses them where they are.
     """
+
+
+def _debug(_ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        _OURS.setLevel(logging.DEBUG)
+
+
+_debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_debug,
+    help="Log every step, and show the traceback of an error.",
+)
 
 
 def _recipe_options(command: F) -> F:
@@ -65,14 +93,19 @@ def _recipe_options(command: F) -> F:
         click.option(
             "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key; repeatable."
         ),
-        click.option("--precision", "precisions", multiple=True, help="Only this precision; repeatable."),
-        click.option("--target", "targets", multiple=True, help="Only this target; repeatable."),
+        click.option(
+            "--precision", "precisions", multiple=True, help="Only this precision, e.g. w4a4, and fp32; repeatable."
+        ),
+        click.option(
+            "--target", "targets", multiple=True, help="Only this target: reference, ort, tvm, tensorrt; repeatable."
+        ),
         click.option(
             "--threads", type=click.IntRange(min=1), help="Threads for every runtime [default: bench.threads]."
         ),
         click.option("--update", is_flag=True, help="The folder holds another recipe: redo what changed."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
         click.option("--quiet", "-q", is_flag=True, help="No progress."),
+        _debug_option,
     ]
     for option in reversed(options):
         command = option(command)
@@ -93,12 +126,11 @@ def _opened(
     """The recipe with its flags applied, in its locked run folder."""
     from s2d_deploy.recipe import load_recipe
 
-    extra = list(overrides)
+    own = [*overrides, *([f"bench.threads={threads}"] if threads else [])]
+    claimed = resolved = load_recipe(recipe, own)
+    # Flags that narrow a run do not make it another recipe.
     if precisions:
-        extra.append(f"quantize.precisions=[{', '.join(precisions)}]")
-    if threads:
-        extra.append(f"bench.threads={threads}")
-    resolved = load_recipe(recipe, extra)
+        resolved = load_recipe(recipe, [*own, f"quantize.precisions=[{', '.join(precisions)}]"])
     if targets:
         resolved = _only_targets(resolved, targets)
     from s2d_deploy.console import Display
@@ -109,10 +141,6 @@ def _opened(
     folder = output or Path("runs") / resolved.name
     known = {k: v for k, v in versions().items() if v is not None}
     with RunFolder(folder, known) as store:
-        # Flags that narrow a run (--precision, --target) do not make it another recipe.
-        claimed = load_recipe(
-            recipe, [o for o in extra if not o.startswith("quantize.precisions=[")] if precisions else extra
-        )
         store.claim(claimed.document(), update)
         display = Display(quiet=quiet)
         display.say(f"{resolved.name} -> {folder}")
@@ -120,25 +148,29 @@ def _opened(
 
 
 def _only_targets(recipe: Any, names: tuple[str, ...]) -> Any:
-    from s2d_deploy.recipe import TargetSection, parse_recipe
+    from s2d_deploy.recipe import parse_recipe
 
-    listed = {t.name: t for t in recipe.targets}
     document = recipe.document()
-    document["targets"] = [(listed.get(n) or TargetSection(name=n)).model_dump(mode="json") for n in names]
+    listed = {t["name"]: t for t in document["targets"]}
+    document["targets"] = [listed.get(n, {"name": n}) for n in dict.fromkeys(names)]
     return parse_recipe(document, "--target")
 
 
 def _print(document: Any, as_json: bool, text: Callable[[], None]) -> None:
     if as_json:
-        click.echo(json.dumps(document, indent=1, default=str))
+        click.echo(json.dumps(document, indent=1, default=str, allow_nan=False))
     else:
         text()
 
 
-@cli.command()
+@cli.command(short_help="What runs here: CPU, GPU, runtimes, rungs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@_debug_option
 def doctor(as_json: bool) -> None:
-    """Say what runs here: CPU, GPU, runtimes, versions, and the rung that each precision gets."""
+    """Say what runs here: CPU, GPU, runtimes, versions, and the rung that each precision gets.
+
+    A runtime that is missing is listed with the pip line that installs it. Nothing is built or changed.
+    """
     from rich.console import Console
 
     from s2d_deploy.doctor import examine, render
@@ -147,67 +179,89 @@ def doctor(as_json: bool) -> None:
     _print(report, as_json, lambda: Console().print(render(report)))
 
 
-@cli.command()
+@cli.command(short_help="Print the JSON schema of a recipe.")
+@click.option("--json", is_flag=True, expose_value=False, hidden=True)  # what it prints anyway
 def schema() -> None:
-    """Print the JSON schema of a recipe (for editors and validation)."""
+    """Print the JSON schema of a recipe (for editors and validation).
+
+    \b
+    Example: s2d-deploy schema > recipe.schema.json
+    and in a recipe's first line, for editors that know the YAML language server:
+      # yaml-language-server: $schema=recipe.schema.json
+    """
     from s2d_deploy.recipe import schema as recipe_schema
 
     click.echo(json.dumps(recipe_schema(), indent=1))
 
 
-@cli.command()
+@cli.command(short_help="Find outliers before any conditioning.")
 @_recipe_options
 def diagnose(as_json: bool, **options: Any) -> None:
-    """Find outliers before any training: per layer PCDR, singular values, ranges, and what S2D would touch."""
-    from s2d_deploy.diagnose import diagnose as examine
+    """Find outliers before any conditioning: per layer PCDR, singular values, ranges, and what S2D would touch.
+
+    Layers are flagged where PCDR reaches condition.tau; try another with --set condition.tau=0.8.
+    """
+    from s2d_deploy.store import read_json
     from s2d_deploy.tables import diagnosis_table
 
-    with _opened(**options) as pipeline, pipeline.display.step("diagnose") as step:
-        section = pipeline.recipe.condition
-        batches = pipeline.data.calibration.batches(pipeline.recipe.data.batch_size)
-        layers = examine(pipeline.original.module, batches, k_max=section.k_max, tau=section.tau)
-        step.note = f"{sum(layer.flagged for layer in layers)} of {len(layers)} layers flagged at tau {section.tau}"
-    _print([layer.to_dict() for layer in layers], as_json, lambda: click.echo(diagnosis_table(layers)))
+    with _opened(**options) as pipeline:
+        layers = read_json(pipeline.diagnose().folder / "diagnosis.json")["layers"]
+    _print(layers, as_json, lambda: click.echo(diagnosis_table(layers)))
 
 
-@cli.command()
+@cli.command(short_help="Press the outliers down with S2D (trains first, if asked).")
 @_recipe_options
 def condition(as_json: bool, **options: Any) -> None:
-    """Train (where the recipe says so) and press the outliers down with S2D; the checkpoint loads with transformers."""
+    """Train (where the recipe says so) and press the outliers down with S2D.
+
+    The result, <output>/condition, is a checkpoint that transformers loads with from_pretrained.
+    """
     with _opened(**options) as pipeline:
         stage = pipeline.condition()
-        info = {"folder": str(stage.folder), **stage.info}
-    _print(info, as_json, lambda: _say_stages([stage]))
+    _print({"stage": stage.name, "folder": str(stage.folder), **stage.info}, as_json, lambda: _say_stages([stage]))
 
 
-@cli.command()
+@cli.command(short_help="Calibrate, plan each precision, measure its simulation.")
 @_recipe_options
 def quantize(as_json: bool, **options: Any) -> None:
-    """Calibrate, make the plan of each precision, and measure its simulation."""
+    """Calibrate, make the plan of each precision, and measure its simulation.
+
+    Writes <output>/quantize/<precision>: plan.json and plan.safetensors hold every grid, scale and zero point.
+    """
     with _opened(**options) as pipeline:
         stages = [pipeline.quantize(p) for p in pipeline.precisions]
     _print([{"stage": s.name, "folder": str(s.folder), **s.info} for s in stages], as_json, lambda: _say_stages(stages))
 
 
-@cli.command()
+@cli.command(short_help="Write ONNX in each target's dialect; compile nothing.")
 @_recipe_options
 def export(as_json: bool, **options: Any) -> None:
-    """Export the simulated model to ONNX, in the dialect of each target (nothing is compiled)."""
+    """Export the simulated model to ONNX, in the dialect of each target (nothing is compiled).
+
+    Writes <output>/onnx/<precision> (the common file) and <output>/dialect/<target>/<precision>. A target that cannot
+    express a precision says why on stderr; it is an error where the target is required, or where nothing is left.
+    """
     _deploy(as_json, options, build=False)
 
 
-@cli.command()
+@cli.command(short_help="Build what each runtime loads.")
 @_recipe_options
 def build(as_json: bool, **options: Any) -> None:
-    """Build each target's artifact: ONNX Runtime model, TVM library, TensorRT engine."""
+    """Build each target's artifact: ONNX Runtime model, TVM library, TensorRT engine.
+
+    Writes <output>/export/<target>/<precision>. Options of a target stand in the recipe under targets.options, e.g.
+    compute_capabilities: ["8.6", "8.9"] for tensorrt, which are built with no GPU. A target that cannot be built says
+    why on stderr; it is an error where the target is required, or where nothing is left.
+    """
     _deploy(as_json, options, build=True)
 
 
 def _deploy(as_json: bool, options: dict[str, Any], *, build: bool) -> None:
     from s2d_deploy.deployment import Deployment
     from s2d_deploy.errors import UnavailableError, UnsupportedError
+    from s2d_deploy.precision import BASELINE
 
-    stages, refused = [], []
+    stages, refused, grave = [], [], []
     with _opened(**options) as pipeline:
         for section in pipeline.recipe.targets:
             deployment = Deployment(pipeline, section)
@@ -216,13 +270,17 @@ def _deploy(as_json: bool, options: dict[str, Any], *, build: bool) -> None:
                     stages.append(deployment.export(precision, build=build))
                 except (UnsupportedError, UnavailableError) as error:
                     refused.append((f"{section.name}/{precision}", error))
+                    grave += [error] if section.required else []
+        # The baseline alone is not what was asked for, unless nothing else was.
+        wanted = pipeline.precisions[1:] or (BASELINE,)
+    if not any(stage.name.endswith(f"/{precision}") for stage in stages for precision in wanted):
+        grave = [error for _, error in refused]
     document = [{"stage": s.name, "folder": str(s.folder), **s.info} for s in stages]
     document += [{"stage": name, "refused": str(refusal)} for name, refusal in refused]
     _print(document, as_json, lambda: _say_stages(stages))
     for name, refusal in refused:
         click.echo(f"{name}: {refusal}", err=True)
-    if refused:
-        raise SystemExit(max(refusal.exit_code for _, refusal in refused))
+    _exit(max(map(exit_code_of, grave), default=0))
 
 
 def _say_stages(stages: list[Any]) -> None:
@@ -230,17 +288,26 @@ def _say_stages(stages: list[Any]) -> None:
         click.echo(f"{stage.name:<28} {stage.folder}")
 
 
-@cli.command()
+@cli.command(short_help="Run each artifact: accuracy, exact parity, audit.")
 @_recipe_options
 def verify(as_json: bool, **options: Any) -> None:
-    """Run each artifact: accuracy, teacher-forced accumulators, codes end to end, and what it really executes."""
+    """Run each artifact: accuracy, teacher-forced accumulators, codes end to end, and what it really executes.
+
+    acc. diff. counts int32 accumulators that differ from the exact integer product: 0 is the promise. codes diff.
+    counts codes that a float operator between two quantizers moved over a rounding boundary. Limits for both are
+    gates of the recipe. Exit code 3 where nothing can be run here.
+    """
     _measure(as_json, options, bench=False)
 
 
-@cli.command()
+@cli.command(short_help="Measure latency beside the float baseline.")
 @_recipe_options
 def bench(as_json: bool, **options: Any) -> None:
-    """Measure latency, interleaved with the float baseline of the same runtime."""
+    """Measure latency, interleaved with the float baseline of the same runtime (and verify, where not done yet).
+
+    Threads, batch, warm-up and duration stand in the recipe under bench. A ~ behind a latency says that it was not
+    stable. Exit code 3 where nothing can be run here.
+    """
     _measure(as_json, options, bench=True)
 
 
@@ -248,33 +315,60 @@ def _measure(as_json: bool, options: dict[str, Any], *, bench: bool) -> None:
     from s2d_deploy.deployment import Deployment
     from s2d_deploy.tables import results_table
 
+    rows, errors = [], []
     with _opened(**options) as pipeline:
-        rows = [row for section in pipeline.recipe.targets for row in Deployment(pipeline, section).rows(bench=bench)]
+        for section in pipeline.recipe.targets:
+            deployment = Deployment(pipeline, section)
+            rows += deployment.rows(bench=bench)
+            errors += deployment.errors
     _print(rows, as_json, lambda: click.echo(results_table(rows)))
+    _say_errors(errors)
+    if not errors and not any(row["status"] == "measured" for row in rows):
+        click.echo("error: nothing could be run here; the reasons stand above, in `reason` with --json", err=True)
+        _exit(EXIT_UNAVAILABLE)
+    _exit(max(map(exit_code_of, errors), default=0))
 
 
-@cli.command()
+@cli.command(short_help="Judge the run by the recipe's limits; the exit code says.")
 @_recipe_options
 def gate(as_json: bool, **options: Any) -> None:
-    """Judge the run by the recipe's limits; exit code 0 pass, 1 fail or undecided."""
-    _finish(as_json, options, report=False)
+    """Judge the run by the recipe's limits; exit code 0 pass, 1 fail or undecided.
+
+    Limits stand in the recipe under gates; a key left out makes no gate. Whatever the verdict, the report is written.
+
+    \b
+    Example: s2d-deploy gate my.yaml --set gates.accuracy_drop=1.0 --update
+    """
+    _finish(as_json, options)
 
 
-@cli.command()
+@cli.command(short_help="Write report.json, .html, .md and junit.xml.")
 @_recipe_options
 def report(as_json: bool, **options: Any) -> None:
-    """Write report.json, report.html, report.md and junit.xml (exit code 0 whatever the gates say)."""
-    _finish(as_json, options, report=True)
+    """Write report.json, report.html, report.md and junit.xml (exit code 0 whatever the gates say).
+
+    report.html is self-contained: it can be mailed, or kept as a CI artifact.
+    """
+    _finish(as_json, options, judge=False)
 
 
-@cli.command()
+@cli.command(short_help="Everything; goes on where it was stopped.")
 @_recipe_options
 def run(as_json: bool, **options: Any) -> None:
-    """Do everything: condition, quantize, export, build, verify, bench, gate, report. Resumes where it was stopped."""
-    raise SystemExit(_finish(as_json, options, report=False))
+    """Do everything: condition, quantize, export, build, verify, bench, gate, report. Resumes where it was stopped.
+
+    A target that breaks does not take the others with it: the report names the reason, and the exit code is not 0.
+
+    \b
+    Examples:
+      s2d-deploy run digits-vit
+      s2d-deploy run my.yaml --output runs/b16 --set quantize.block_size=16
+      s2d-deploy run my.yaml --target ort --precision w8a8 --json > report.json
+    """
+    _finish(as_json, options)
 
 
-def _finish(as_json: bool, options: dict[str, Any], *, report: bool) -> int:
+def _finish(as_json: bool, options: dict[str, Any], *, judge: bool = True) -> None:
     from s2d_deploy.run import run as run_everything
     from s2d_deploy.tables import gates_table, results_table
 
@@ -289,15 +383,16 @@ def _finish(as_json: bool, options: dict[str, Any], *, report: bool) -> int:
             click.echo(str(path))
 
     _print(outcome.report, as_json, text)
-    if not report and outcome.exit_code:
-        raise SystemExit(outcome.exit_code)
-    return 0
+    _say_errors(outcome.errors)
+    if judge or outcome.errors:
+        _exit(outcome.exit_code)
 
 
-@cli.command()
+@cli.command(short_help="Two runs side by side.")
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@_debug_option
 def compare(first: Path, second: Path, as_json: bool) -> None:
     """Show two runs (folders or report.json files) side by side."""
     from s2d_deploy.compare import compare_reports
@@ -309,22 +404,63 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
     _print(rows, as_json, lambda: click.echo(comparison_table(rows, str(first), str(second))))
 
 
+def _exit(code: int) -> None:
+    if code:
+        raise SystemExit(code)
+
+
+def _say_errors(errors: Sequence[Exception]) -> None:
+    """Each error once: several precisions of a target often share one."""
+    for error in {str(e): e for e in errors}.values():
+        _say_error(error)
+
+
+def _say_error(error: Exception) -> None:
+    """One of ours is a sentence. Any other is a bug: where its traceback is."""
+    debug = _OURS.isEnabledFor(logging.DEBUG)
+    if isinstance(error, S2DDeployError):
+        click.echo(f"error: {error}", err=True)
+    else:
+        text = " ".join(str(error).split())
+        click.echo(f"error: unexpected {type(error).__name__}: {text}", err=True)
+        if not debug:
+            click.echo(
+                "This is a bug in s2d-deploy or in a library that it calls. Finished stages are kept. "
+                f"Fix: report it with {_traceback_file(error)}, or run again with --debug.",
+                err=True,
+            )
+    if debug:
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+
+
+def _traceback_file(error: Exception) -> str:
+    """Path of a new file that holds the traceback; the traceback itself where no file can be written."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="s2d-deploy-", suffix=".log", delete=False) as file:
+            file.write(text)
+    except OSError:
+        return f"this traceback:\n{text}"
+    return file.name
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code; every error of ours is one line on stderr, never a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _OURS.setLevel(logging.WARNING)
     try:
         cli.main(args=arguments, prog_name="s2d-deploy", standalone_mode=False)
-    except S2DDeployError as error:
-        click.echo(f"error: {error}", err=True)
-        return error.exit_code
     except click.ClickException as error:
         error.show()
         return EXIT_USER_ERROR
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; finished stages are kept, run the same command to go on", err=True)
-        return 130
+        return EXIT_INTERRUPTED
     except SystemExit as request:
-        return int(request.code or 0)
+        return request.code if isinstance(request.code, int) else int(bool(request.code))
+    except Exception as error:
+        _say_error(error)
+        return exit_code_of(error)
     return 0
 
 

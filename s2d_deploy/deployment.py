@@ -187,7 +187,7 @@ class Deployment:
     # ---- the report's rows ----------------------------------------------------------------------------------
 
     def rows(self, *, bench: bool = True) -> list[Row]:
-        """One row for each precision, the baseline first. What broke, a missing required runtime included, is in `errors`.
+        """One row for each precision, the baseline first. `errors` has what broke, missing required runtimes included.
 
         Raises:
             StageError: the machine refuses (disk full, ...): nothing after it could be written either.
@@ -251,7 +251,8 @@ class Deployment:
         try:
             exported = self.export(precision)
         except (UnsupportedError, UnavailableError) as error:
-            return self._unavailable(row, error)
+            self._missed(error)
+            return row | {"reason": str(error)}
         info = exported.info
         row |= {
             "status": "built",
@@ -271,14 +272,12 @@ class Deployment:
         }
         reason = self.runtime.available()
         if reason is not None:
-            if self.section.required:
-                raise UnavailableError(f"target {self.section.name!r} is required by the recipe: {reason}")
+            self._missed(UnavailableError(f"target {self.section.name!r} is required by the recipe: {reason}"))
             return row | {"reason": reason}
         try:
             info = self.verify(precision).info
         except UnavailableError as error:
-            if self.section.required:
-                raise
+            self._missed(error)
             return row | {"reason": str(error)}
         baseline = self.pipeline.score(self.pipeline.simulated_outputs(BASELINE))
         row["metric"] |= {
@@ -291,11 +290,11 @@ class Deployment:
             **{k: info[k] for k in ("audit", "rung", "executed", "parity")},
         }
 
-    def _unavailable(self, row: Row, error: S2DDeployError) -> Row:
+    def _missed(self, error: S2DDeployError) -> None:
+        """A runtime, a device or an operator is missing: an error only where the recipe requires the target."""
+        log.info("%s: %s", self.section.name, error)
         if self.section.required:
-            raise error
-        log.info("%s %s: %s", row["target"], row["precision"], error)
-        return row | {"reason": str(error)}
+            self.errors.append(error)
 
 
 def _words(error: Exception) -> str:

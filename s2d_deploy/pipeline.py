@@ -1,6 +1,7 @@
 """The stages that make the model: train, condition, calibrate, quantize, common ONNX. Resumed by their manifests.
 
     train -> condition -> calibrate -> quantize/<p> -> onnx/<p>   (then `deployment`, for each target)
+          -> diagnose
 
 A stage's key holds the recipe section it reads, the digest of the stages before it and the versions that
 matter, so a changed recipe redoes exactly what it touches. Each stage is one method and holds no logic of its own.
@@ -9,7 +10,7 @@ matter, so a changed recipe redoes exactly what it touches. Each stage is one me
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,17 @@ from s2d_deploy.calibrate import Calibration, calibrate
 from s2d_deploy.condition import condition
 from s2d_deploy.console import Display, Step
 from s2d_deploy.data import Batch, Dataset, load_data
+from s2d_deploy.diagnose import diagnose
 from s2d_deploy.discovery import discover
+from s2d_deploy.errors import DataError, RecipeError, message
 from s2d_deploy.evaluate import Score, outputs, score, torch_run
 from s2d_deploy.host import versions
 from s2d_deploy.models import LoadedModel, load_model, save_checkpoint
 from s2d_deploy.observers import Histogram
 from s2d_deploy.plan import Op, Plan
-from s2d_deploy.precision import BASELINE
+from s2d_deploy.precision import BASELINE, parse_precision
 from s2d_deploy.quantize import QuantizeConfig, build_plan
-from s2d_deploy.recipe import Recipe
+from s2d_deploy.recipe import QuantizeSection, Recipe
 from s2d_deploy.registry import load_exporter
 from s2d_deploy.s2d import S2DConfig
 from s2d_deploy.session import Array
@@ -59,15 +62,21 @@ class Pipeline:
 
     @cached_property
     def data(self) -> Dataset:
-        """The recipe's data, checked."""
+        """The recipe's data, checked; the model has run on two samples of it.
+
+        Raises:
+            DataError: missing or broken data, or samples that the model does not take.
+        """
         base = self._untrained
-        return load_data(
+        data = load_data(
             self.recipe.data,
             image_size=base.image_size,
             channels=base.channels,
             classes=base.classes,
             model_source=base.source,
         )
+        _require_fit(base, next(data.test.batches(2)))
+        return data
 
     @cached_property
     def _untrained(self) -> LoadedModel:
@@ -116,7 +125,13 @@ class Pipeline:
 
     def score(self, output: Array) -> Score:
         """Score outputs on the test split; the reference is the model before conditioning."""
-        return score(self.recipe.model.task, output, self._reference, self.data.test.labels, self._mask)
+        reference = self._reference if self._scored_by_reference else output
+        return score(self.recipe.model.task, output, reference, self.data.test.labels, self._mask)
+
+    @property
+    def _scored_by_reference(self) -> bool:
+        """Labels judge a classifier; everything else is compared with the float model."""
+        return self.recipe.model.task != "image-classification" or self.data.test.labels is None
 
     @cached_property
     def _reference(self) -> Array:
@@ -145,12 +160,35 @@ class Pipeline:
         key = {"model": _dump(self.recipe.model), "train": _dump(section), "data": self.data.fingerprint}
         return self._stage("train", key, work)
 
+    def diagnose(self) -> Stage:
+        """Outliers of the model before conditioning, layer by layer, in ``diagnosis.json``."""
+        section = self.recipe.condition
+
+        def work(folder: Path, step: Step) -> dict[str, Any]:
+            batches = self.data.calibration.batches(self.recipe.data.batch_size)
+            layers = diagnose(self.original.module, batches, k_max=section.k_max, tau=section.tau)
+            write_json(folder / "diagnosis.json", {"layers": [layer.to_dict() for layer in layers]})
+            flagged = sum(layer.flagged for layer in layers)
+            step.note = f"{flagged} of {len(layers)} layers flagged at tau {section.tau}"
+            return {"layers": len(layers), "flagged": flagged}
+
+        key = {
+            "weights": weights_sha256(self.original.module),
+            "k_max": section.k_max,
+            "tau": section.tau,
+            "data": self.data.fingerprint,
+            "batch_size": self.recipe.data.batch_size,
+        }
+        return self._stage("diagnose", key, work)
+
     def condition(self) -> Stage:
         """Condition the weights with S2D (or copy them, for method none)."""
         section = self.recipe.condition
         decoupled = section.application == "decoupled"
 
         def work(folder: Path, step: Step) -> dict[str, Any]:
+            if self._scored_by_reference:
+                _ = self._reference  # before the weights are changed in place
             module, samples = self.original.module, self.data.calibration
             if section.method == "none" or section.steps == 0:
                 save_checkpoint(module, folder)
@@ -190,10 +228,12 @@ class Pipeline:
                 progress=lambda done, total, loss: step.advance(done, total, f"loss {loss:.4f}"),
             )
             save_checkpoint(module, folder)
-            write_json(folder / "conditioning.json", result.to_dict())
-            return {"method": result.method, "findings": result.findings}
+            document = result.to_dict()
+            # Not in the file: equal weights and findings give equal bytes, however long they took.
+            seconds = document.pop("seconds")
+            write_json(folder / "conditioning.json", document)
+            return {"method": result.method, "findings": result.findings, "seconds": seconds}
 
-        _ = self._reference  # before the weights are changed in place
         key = {
             "model": _dump(self.recipe.model),
             "weights": weights_sha256(self.original.module),
@@ -280,9 +320,7 @@ class Pipeline:
         key = {
             "condition": self.condition().sha256,
             "calibrate": self.calibrate().sha256 if precision != BASELINE else None,
-            "quantize": {k: v for k, v in _dump(section).items() if k != "precisions"}
-            if precision != BASELINE
-            else None,
+            "quantize": _quantize_key(section, precision) if precision != BASELINE else None,
             "precision": precision,
             "test": self.recipe.data.test_samples,
             "data": self.data.fingerprint,
@@ -319,6 +357,33 @@ class Pipeline:
         return self._stages[name]
 
 
+def _require_fit(model: LoadedModel, batch: Batch) -> None:
+    """Run the model once, so that a mistake in names or shapes is found before any work."""
+    try:
+        with torch.no_grad():
+            result = model.module(**batch)
+    except Exception as error:  # whatever the model's own code makes of a sample that it was not written for
+        shown = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
+        raise DataError(
+            message(
+                "the model refuses the samples of data",
+                expected=f"inputs that {type(model.module).__name__}.forward takes",
+                found=f"{shown}; {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+                fix="change data (names and shapes of the arrays, the image size), or use the model that it is for",
+            )
+        ) from error
+    if not isinstance(result, torch.Tensor) and model.output not in result:
+        names = ", ".join(map(str, result)) if isinstance(result, Mapping) else type(result).__name__
+        raise RecipeError(
+            message(
+                f"model.output: the model has no output {model.output!r}",
+                expected="a key of what its forward returns, or a tensor",
+                found=names,
+                fix="set model.output",
+            )
+        )
+
+
 def weights_sha256(module: nn.Module) -> str:
     """Digest of names and values of all weights: two models never share a stage."""
     h = hashlib.sha256()
@@ -335,6 +400,14 @@ def weights_sha256(module: nn.Module) -> str:
 def _dump(section: Any) -> dict[str, Any]:
     document: dict[str, Any] = section.model_dump(mode="json")
     return document
+
+
+def _quantize_key(section: QuantizeSection, precision: str) -> dict[str, Any]:
+    """What the plan of one precision depends on. Blocks serve weight-only precisions, which overrides may bring in."""
+    names = (precision, *section.overrides.values())
+    blocked = any(parse_precision(name).activations == 16 for name in names)
+    unread = {"precisions"} if blocked else {"precisions", "block_size"}
+    return {k: v for k, v in _dump(section).items() if k not in unread}
 
 
 def _spread(h: Histogram) -> dict[str, float]:

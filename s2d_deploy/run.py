@@ -101,6 +101,7 @@ def document_of(
     if path.is_file():
         conditioning = read_json(path)
         conditioning |= {
+            "seconds": conditioned.info["seconds"],
             "application": recipe.condition.application,
             "note": " ".join(conditioning.get("findings", [])),
         }
