@@ -25,7 +25,7 @@ from onnx.reference.op_run import OpRun
 from scipy.special import erf  # type: ignore[import-untyped]
 
 from s2d_deploy import __version__
-from s2d_deploy.errors import ArtifactError, DataError, UnsupportedError, message
+from s2d_deploy.errors import ArtifactError, DataError, RecipeError, UnsupportedError, message
 from s2d_deploy.integer import (
     integer_conv2d,
     integer_matmul,
@@ -33,6 +33,7 @@ from s2d_deploy.integer import (
     rescale,
     rescale_blocks,
 )
+from s2d_deploy.precision import parse_precision
 from s2d_deploy.qgraph import Contraction, attributes, contractions, load_model, metadata
 from s2d_deploy.session import (
     Array,
@@ -203,6 +204,14 @@ class ReferenceSession:
                 )
         if contraction.node.op_type == "Conv":
             return integer_conv2d(lhs, stored, left.zero_point, right.zero_point, **_conv_arguments(contraction))
+        if lhs.ndim < 2 or lhs.shape[-1] != stored.shape[-2]:
+            raise DataError(
+                message(
+                    f"op {op!r}: wrong shapes",
+                    expected=f"K = {stored.shape[-2]} on both sides",
+                    found=f"{lhs.shape} by {stored.shape}",
+                )
+            )
         return integer_matmul(lhs, stored, left.zero_point, right.zero_point)
 
     def audit(self) -> Audit:
@@ -252,10 +261,10 @@ class ReferenceRuntime:
         """Integers are exact but wide: emulated, W8A8 too."""
         if precision == "fp32":
             return "float"
-        weights, _, activations = precision.removeprefix("w").partition("a")
-        if not (weights.isdigit() and activations.isdigit()):
+        try:
+            return "weight-only" if parse_precision(precision).activations == 16 else "emulated"
+        except RecipeError:
             return None
-        return "weight-only" if int(activations) > 8 else "emulated"
 
     def open(self, artifact: Artifact, *, threads: int) -> ReferenceSession:  # noqa: ARG002 - NumPy's BLAS has its own setting
         """Load the artifact's common ONNX file.
