@@ -62,7 +62,7 @@ class Pipeline:
 
     @cached_property
     def data(self) -> Dataset:
-        """The recipe's data, checked; the model has run on two samples of it.
+        """The recipe's data, checked; the model has run on two samples of each split.
 
         Raises:
             DataError: missing or broken data, or samples that the model does not take.
@@ -75,7 +75,8 @@ class Pipeline:
             classes=base.classes,
             model_source=base.source,
         )
-        _require_fit(base, next(data.test.batches(2)))
+        for split in (data.calibration, data.test):
+            _require_fit(base, next(split.batches(2)))
         return data
 
     @cached_property
