@@ -284,6 +284,22 @@ def test_four_bit_weights_are_four_bit_on_disk(tmp_path):
     assert artifact.files == {"model": "model.onnx"}
 
 
+def test_weights_beyond_a_protobuf_go_beside_the_model(tmp_path, monkeypatch):
+    """With the limit lowered: the artifact is two files, and everything that a session does still works from them."""
+    monkeypatch.setattr(sys.modules[type(TARGET).__module__], "_EXTERNAL_BEYOND", 1000)
+    model, codes, scale, _, bias, step = linear("w4a4", "INT4", "INT4", k=64, n=64)
+    artifact = build(rewritten(model, tmp_path, "w4a4"), tmp_path, "w4a4")
+    assert artifact.files == {"model": "model.onnx", "data": "model.onnx.data"}
+    assert artifact.path("data").stat().st_size >= 64 * 64 // 2
+    x = images((2, 5, 64))
+    lhs = quantized(x, "INT4", step)
+    with load_runtime("ort").open(artifact, threads=1) as session:
+        close(session.run({"x": x})["y"], lhs @ codes * (step * scale).astype(np.float64) + bias)
+        np.testing.assert_array_equal(session.codes({"x": x})["fc.input"], lhs)
+        np.testing.assert_array_equal(session.accumulate("fc", lhs.astype(np.int8)), lhs @ codes)
+        assert session.audit().executed == {"int8": 1.0}
+
+
 def test_weights_with_blocks_are_counted_packed(tmp_path):
     artifact = build(rewritten(weight_only(256, 64, 32)[0], tmp_path, "w4a16"), tmp_path, "w4a16")
     assert artifact.info["weights"] == {
