@@ -135,7 +135,6 @@ def _opened(
         resolved = _only_targets(resolved, targets)
     from s2d_deploy.console import Display
     from s2d_deploy.host import versions
-    from s2d_deploy.pipeline import Pipeline
     from s2d_deploy.store import RunFolder
 
     folder = output or Path("runs") / resolved.name
@@ -144,6 +143,8 @@ def _opened(
         store.claim(claimed.document(), update)
         display = Display(quiet=quiet)
         display.say(f"{resolved.name} -> {folder}")
+        from s2d_deploy.pipeline import Pipeline  # only now: it takes seconds, and a folder may be refused at once
+
         yield Pipeline(resolved, store, display)
 
 
