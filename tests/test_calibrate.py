@@ -1,0 +1,134 @@
+"""Calibration of real modules against hooks and loops written here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from s2d_deploy.calibrate import Calibration, calibrate
+from s2d_deploy.discovery import discover
+from s2d_deploy.errors import ArtifactError, DataError
+from s2d_deploy.models import load_model
+from s2d_deploy.recipe import ModelSection
+
+CONFIG = {
+    "model_type": "vit",
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 1,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "num_labels": 3,
+}
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    return load_model(ModelSection(config=CONFIG)).module
+
+
+def pixels(n: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def cut(x: Tensor, size: int) -> Iterator[dict[str, Tensor]]:
+    for part in x.split(size):
+        yield {"pixel_values": part}
+
+
+def test_every_activation_site_is_observed_once_and_nothing_else(vit: nn.Module) -> None:
+    ops = discover(vit, {"pixel_values": pixels(1)})
+    result = calibrate(vit, ops, cut(pixels(6), 4))
+    sites = {name for op in ops.values() for name, role in op.sites if role != "weight"}
+    assert set(result.histograms) == sites
+    assert result.samples == 6
+    assert any(s.endswith(".probs") for s in sites)
+    for name, h in result.histograms.items():
+        assert h.total % 6 == 0, name
+        if name.endswith(".probs"):
+            assert 0 <= h.low <= h.high <= 1
+
+
+def test_the_extremes_are_those_that_a_hook_sees(vit: nn.Module) -> None:
+    x = pixels(5)
+    seen: dict[str, Tensor] = {}
+    handles = [
+        m.register_forward_pre_hook(lambda _m, args, name=n: seen.__setitem__(name, args[0].detach().clone()))
+        for n, m in vit.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d)
+    ]
+    ops = discover(vit, {"pixel_values": x})
+    with torch.no_grad():
+        vit(pixel_values=x)
+    for handle in handles:
+        handle.remove()
+    result = calibrate(vit, ops, cut(x, 5))
+    assert seen
+    for name, tensor in seen.items():
+        h = result.histograms[f"{name}.input"]
+        assert (h.low, h.high, h.total) == (float(tensor.min()), float(tensor.max()), tensor.numel())
+        assert h.std == pytest.approx(float(tensor.double().std(correction=0)), rel=1e-6, abs=1e-12)
+
+
+def test_it_runs_in_evaluation_mode_leaves_no_hooks_and_repeats_bit_for_bit(vit: nn.Module) -> None:
+    ops = discover(vit, {"pixel_values": pixels(1)})
+    vit.train()
+    before = sum(len(m._forward_pre_hooks) for m in vit.modules())
+    notes: list[str] = []
+    first = calibrate(vit, ops, cut(pixels(5), 2), notes.append)
+    second = calibrate(vit, ops, cut(pixels(5), 2))
+    assert vit.training
+    assert sum(len(m._forward_pre_hooks) for m in vit.modules()) == before
+    assert notes == ["2 samples", "4 samples", "5 samples"]
+    for name, h in first.histograms.items():
+        other = second.histograms[name]
+        assert torch.equal(h.counts, other.counts)
+        assert torch.equal(h.power, other.power)
+
+
+def test_an_empty_set_and_nan_are_refused(vit: nn.Module) -> None:
+    ops = discover(vit, {"pixel_values": pixels(1)})
+    with pytest.raises(DataError, match=r"^the calibration set is empty\. Expected: at least one sample\."):
+        calibrate(vit, ops, [])
+    bad = pixels(2)
+    bad[1, 0, 0, 0] = math.nan
+    first = next(name for name, op in ops.items() if op.kind == "conv")
+    with pytest.raises(DataError, match=rf"^{first}\.input: 1 of 128 observed values are NaN or infinite"):
+        calibrate(vit, ops, cut(bad, 2))
+    assert not any(m._forward_pre_hooks for m in vit.modules())
+
+
+def test_saved_statistics_load_back_whole(vit: nn.Module, tmp_path: Path) -> None:
+    ops = discover(vit, {"pixel_values": pixels(1)})
+    first = calibrate(vit, ops, cut(pixels(4), 4))
+    first.save(tmp_path / "c.safetensors")
+    second = Calibration.load(tmp_path / "c.safetensors")
+    assert second.samples == 4
+    assert set(second.histograms) == set(first.histograms)
+    for name, h in first.histograms.items():
+        o = second.histograms[name]
+        assert (o.limit, o.low, o.high, o.total) == (h.limit, h.low, h.high, h.total)
+        assert torch.equal(o.counts, h.counts)
+        assert torch.equal(o.power, h.power)
+
+
+def test_truncated_foreign_and_missing_statistics_are_named(vit: nn.Module, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    ops = discover(vit, {"pixel_values": pixels(1)})
+    whole = tmp_path / "whole.safetensors"
+    calibrate(vit, ops, cut(pixels(1), 1)).save(whole)
+    truncated, foreign, short = (tmp_path / f"{n}.safetensors" for n in ("truncated", "foreign", "short"))
+    truncated.write_bytes(whole.read_bytes()[:-100])
+    save_file({"weight": torch.zeros(3)}, foreign)
+    save_file({"a.counts": torch.zeros(3), "a.moments": torch.zeros(8)}, short, metadata={"samples": "1"})
+    for path in (truncated, foreign, short, tmp_path / "missing.safetensors"):
+        with pytest.raises(ArtifactError, match=rf"{path.name}: not calibration statistics.*Fix: calibrate again"):
+            Calibration.load(path)
