@@ -70,9 +70,7 @@ class Deployment:
             dialect = self.target.dialect(common.folder / "model.onnx", folder, precision=precision)
             if not build:
                 return {"dialect": dialect.name}
-            artifact = self.target.build(
-                dialect, folder, precision=precision, options=options, progress=step
-            )
+            artifact = self.target.build(dialect, folder, precision=precision, options=options, progress=step)
             step.note = f"{artifact.size_bytes / 1024:.0f} KiB"
             return {"files": artifact.files, "info": artifact.info, "size_bytes": artifact.size_bytes}
 
@@ -239,7 +237,7 @@ class Deployment:
     def _empty_row(self, precision: str) -> Row:
         return {
             "target": self.section.name,
-            "runtime": f"{self.section.name} {self.runtime.version()}".strip(),
+            "runtime": _label(self.section.name, self.runtime.version()),
             "device": self.runtime.device(),
             "precision": precision,
             "status": "unavailable",
@@ -301,6 +299,11 @@ def _words(error: Exception) -> str:
     """One line: our own errors as they are, others with their class, because their text alone may be a bare key."""
     text = " ".join(str(error).split())
     return text if isinstance(error, S2DDeployError) else f"{type(error).__name__}: {text}"
+
+
+def _label(name: str, version: str) -> str:
+    """The version with the runtime's name, unless it begins with a package's name."""
+    return version if version[:1].isalpha() else f"{name} {version}".strip()
 
 
 def _parity_words(parity: Mapping[str, Any]) -> str:

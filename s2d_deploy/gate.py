@@ -365,9 +365,13 @@ def _executed(result: Mapping[str, Any], _: Any, __: float) -> _Finding | None:
         if total <= 0:
             return _Finding(None, "the audit counts no multiply-accumulates", verdict="undecided")
         share = 1 - sum(_number(op, "macs") or 0 for op in missed) / total
-        names = ", ".join(f"{op.get('name')} ({op.get('declared')} ran as {op.get('precision')})" for op in missed[:3])
+        # An artifact that was only built ran nothing: what is judged is what the compiler made of it.
+        ran = "ran" if result.get("status") == "measured" else "were compiled (not run)"
+        names = ", ".join(
+            f"{op.get('name')} ({op.get('declared')} {ran} as {op.get('precision')})" for op in missed[:3]
+        )
         more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
-        text = f"{len(declared) - len(missed)} of {len(declared)} declared operations ran as declared"
+        text = f"{len(declared) - len(missed)} of {len(declared)} declared operations {ran} as declared"
         return _Finding(share, f"{text}; not: {names}{more}" if missed else text)
     shares = _section(result, "executed")
     if not shares:

@@ -45,7 +45,9 @@ class PairedDrop:
 
 
 def paired_drop(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> PairedDrop:
-    """The drop with its interval: exact McNemar and Tango for 0/1 samples, paired bootstrap for graded ones.
+    """The drop with its interval: exact McNemar and Tango for right/wrong samples, paired bootstrap for graded ones.
+
+    Right/wrong samples hold 0 and one other positive value, the unit of a right answer: 1, or 100 for points.
 
     Raises:
         ValueError: the two differ in length, are empty, or hold something that is not a finite number.
@@ -56,11 +58,12 @@ def paired_drop(first: Sequence[float], second: Sequence[float], *, seed: int = 
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("paired samples that are not finite")
     n = len(a)
-    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
+    unit = float(max(a.max(), b.max())) or 1.0
+    if unit in (1.0, 100.0) and np.isin(a, (0, unit)).all() and np.isin(b, (0, unit)).all():
         lost, gained = int((a > b).sum()), int((b > a).sum())
-        lo, hi = tango_interval(lost, gained, n)
+        lo, hi = (unit * end for end in tango_interval(lost, gained, n))
         p = mcnemar(lost, gained)
-        return PairedDrop(n, (lost - gained) / n, lo, hi, p, lost, gained, "exact McNemar, Tango interval")
+        return PairedDrop(n, unit * (lost - gained) / n, lo, hi, p, lost, gained, "exact McNemar, Tango interval")
     difference = a - b
     draws = np.random.default_rng(seed).integers(0, n, size=(2000, n)) if n <= 5000 else None
     if draws is not None:

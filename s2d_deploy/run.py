@@ -83,7 +83,10 @@ def gates(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[GateVerdict
                 precisions=[precision],
             )
     # The baseline is read beside every precision; it is not itself on trial.
-    return [v for v in verdicts if v.precision != BASELINE]
+    places = {t.name: i for i, t in enumerate(recipe.targets)}
+    order = {p: i for i, p in enumerate(recipe.quantize.precisions)}
+    judged = [v for v in verdicts if v.precision != BASELINE]
+    return sorted(judged, key=lambda v: (places.get(v.target, len(places)), order.get(v.precision, len(order))))
 
 
 def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:

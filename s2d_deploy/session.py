@@ -63,17 +63,21 @@ class Audit:
     def executed(self) -> dict[str, float]:
         """Share of the multiply-accumulates at each executed precision; the shares sum to 1."""
         total = sum(op.macs for op in self.ops)
-        shares: dict[str, float] = {}
+        macs: dict[str, int] = {}
         for op in self.ops:
-            shares[op.precision] = shares.get(op.precision, 0.0) + op.macs / total if total else 0.0
-        return shares
+            macs[op.precision] = macs.get(op.precision, 0) + op.macs
+        return {precision: count / total if total else 0.0 for precision, count in macs.items()}
 
     def mismatches(self) -> list[ExecutedOp]:
-        """Ops with an integer declaration for both operands that did not run on integer kernels."""
+        """Ops whose arithmetic is not the declared one: integers promised and float executed, or the reverse."""
+
+        def integers(text: str) -> bool:
+            return text.startswith(("int", "nvfp4"))
+
         return [
             op
             for op in self.ops
-            if op.declared not in ("float", "W4A16", "W8A16") and not op.precision.startswith(("int", "nvfp4"))
+            if integers(op.precision) != (op.declared != "float" and not op.declared.endswith("A16"))
         ]
 
     def to_dict(self) -> dict[str, Any]:
