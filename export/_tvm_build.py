@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,7 @@ def require_compiler() -> None:
         RuntimeUnavailable: it is not.
     """
     try:
-        import tvm  # noqa: F401
-        import tvm.relax
+        import_module("tvm.relax")
     except ImportError as error:
         raise RuntimeUnavailable(
             message("TVM is not installed", found=str(error), fix="pip install 's2d-deploy[tvm]'")
@@ -118,7 +118,9 @@ def compile_model(
                     "left_shape": list(product.left_shape),
                     "right_shape": list(product.right_shape) if product.right is not None else None,
                     "out_shape": list(product.out_shape),
-                    "parameters": [n for n in product_params(product, stored) if n.endswith(("::packed", "::correction"))],
+                    "parameters": [
+                        n for n in product_params(product, stored) if n.endswith(("::packed", "::correction"))
+                    ],
                 }
     if graph is None:
         raise ValueError("no batch size")
@@ -130,7 +132,7 @@ def compile_model(
         "batch_dimension": batch_name,
         "batches": sorted(batches),
         "sizes": dict(sizes),
-        "inputs": [_value(model, v, batch_name, sizes) for v in model.graph.input if v.name in graph.inputs],
+        "inputs": [_value(v, batch_name, sizes) for v in model.graph.input if v.name in graph.inputs],
         "outputs": [o.name for o in model.graph.output],
         "batched_outputs": _batched_outputs(model, batch_name),
         "functions": functions,
@@ -154,7 +156,7 @@ def _batch_name(model: onnx.ModelProto) -> str:
     return ""
 
 
-def _value(model: onnx.ModelProto, value: onnx.ValueInfoProto, batch: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+def _value(value: onnx.ValueInfoProto, batch: str, sizes: Mapping[str, int]) -> dict[str, Any]:
     tensor = value.type.tensor_type
     dims = [-1 if d.dim_param == batch and batch else sizes.get(d.dim_param, d.dim_value) for d in tensor.shape.dim]
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
@@ -312,7 +314,7 @@ def _instructions(executable: Any, isa: Isa) -> dict[str, Any]:
     for library in executable.mod.imports:
         with contextlib.suppress(Exception):
             bodies |= _functions(library.inspect_source("asm"))
-    counts = {}
+    counts: dict[str, int] = {}
     for name, body in bodies.items():
         called = set(re.findall(r"__tvm_parallel_lambda[\w.]*", body)) - {name}
         if name.startswith(("integer_", "__tvm_ffi_integer_")):
@@ -325,5 +327,3 @@ def _instructions(executable: Any, isa: Isa) -> dict[str, Any]:
 def _functions(assembly: str) -> dict[str, str]:
     pieces = re.split(r"^([A-Za-z_][\w.]*):", assembly, flags=re.MULTILINE)
     return dict(zip(pieces[1::2], pieces[2::2], strict=False))
-
-

@@ -56,7 +56,9 @@ class Emitter:
         key = ("integer", product.panels, product.batch, product.rows, product.byte_zero)
         if key not in self._kernels:
             kernel = integer_kernel(self.isa, product.panels, product.batch, product.rows, product.byte_zero)
-            name = f"integer_{product.panels.bits}bit_{product.batch}x{product.rows}x{product.panels.k}x{product.panels.n}"
+            name = (
+                f"integer_{product.panels.bits}bit_{product.batch}x{product.rows}x{product.panels.k}x{product.panels.n}"
+            )
             self._kernels[key] = self.builder.add_func(kernel, name)
         shape = (product.batch, product.rows, product.panels.columns)
         parts = {"acc": self._call(self._kernels[key], [places, packed], shape, "int32")}
@@ -276,9 +278,7 @@ class Emitter:
         return self.builder.emit(relax.call_tir(function, arguments, relax.TensorType(shape, dtype)))
 
     def _opaque(self, compute: Callable[..., Any], *arguments: Any, name: str) -> Any:
-        return self.builder.emit_te(
-            compute, *arguments, primfunc_name_hint=name, primfunc_attrs={"op_pattern": OPAQUE}
-        )
+        return self.builder.emit_te(compute, *arguments, primfunc_name_hint=name, primfunc_attrs={"op_pattern": OPAQUE})
 
 
 def _unravel(index: Any, shape: tuple[int, ...]) -> list[Any]:
@@ -307,9 +307,7 @@ def _locate(product: Product, index: tuple[Any, ...]) -> tuple[Any, Any, Any]:
     return _ravel(index[:-2], shape[:-2]), index[-2], index[-1]
 
 
-def _windowed(
-    product: Product, x: Any, group: Any, row: Any, k: Any, convert: Callable[[Any], Any], pad: Any
-) -> Any:
+def _windowed(product: Product, x: Any, group: Any, row: Any, k: Any, convert: Callable[[Any], Any], pad: Any) -> Any:
     """The element of an unfolded convolution input: row = (sample, place), k = (channel, tap)."""
     from tvm import tirx
 

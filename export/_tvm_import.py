@@ -111,7 +111,8 @@ class GraphImporter:
                 if value in self.graph.constants and value in read and value not in found:
                     array = _plain(self.graph.array(value), self.graph.types[value])
                     scale = node.op_type in _SCALED and value == node.input[1]
-                    if scale or array.size > _INLINE and (array.dtype.kind == "f" or node.op_type in _TENSOR_READERS):
+                    data = array.dtype.kind == "f" or node.op_type in _TENSOR_READERS
+                    if scale or (data and array.size > _INLINE):
                         found[value] = array
         names = [self._stored_name(name, array) for name, array in found.items()]
         return names, {n: self._variable(n, a.shape, a.dtype.name) for n, a in found.items()}
@@ -129,11 +130,15 @@ class GraphImporter:
         return unique
 
     def _convert(self, node: onnx.NodeProto, values: dict[str, Any], variables: dict[str, Any], delegate: Any) -> None:
+        from tvm import relax
+
         if node.name in self.products:
             values[node.output[0]] = self._product(node, values, variables)
             return
         inputs = [values[i] if i else None for i in node.input]
         try:
+            if node.op_type == "GatherND":  # TVM's own shape arithmetic hands on int32, its GatherND wants int64
+                inputs[1] = self.builder.emit(relax.op.astype(inputs[1], "int64"))
             own = _OPERATORS.get(node.op_type)
             result = own(self, node, inputs) if own is not None else None
             if result is None:
@@ -148,8 +153,7 @@ class GraphImporter:
                     fix="replace the operator in the model, or use another target",
                 )
             ) from error
-        for name, value in zip(node.output, result, strict=False):
-            values[name] = value
+        values.update(zip(node.output, result, strict=False))
 
     def _product(self, node: onnx.NodeProto, values: dict[str, Any], variables: dict[str, Any]) -> Any:
         from tvm import relax
@@ -268,7 +272,11 @@ class GraphImporter:
             return None
         rows, width = int(np.prod(shape[:-1], dtype=np.int64)), shape[-1]
         flat = self._flat(inputs[0], (rows, width))
-        return [self._flat(self._kernel(softmax_kernel(rows, width), f"softmax_{rows}x{width}", [flat], (rows, width)), shape)]
+        return [
+            self._flat(
+                self._kernel(softmax_kernel(rows, width), f"softmax_{rows}x{width}", [flat], (rows, width)), shape
+            )
+        ]
 
     def _gelu(self, node: onnx.NodeProto, inputs: list[Any]) -> list[Any]:
         tanh = attributes(node).get("approximate", b"none") == b"tanh"

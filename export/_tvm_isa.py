@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2d_deploy.errors import RecipeError, message
-
-from ..runtimes._cpu_features import cpu_features, cpu_name
+from s2d_deploy.runtimes._cpu_features import cpu_features, cpu_name
 
 NATIVE = "native"
 # LLVM's names for features, and the kernel's (/proc/cpuinfo), for everything that a refusal may have to name.
@@ -152,7 +151,7 @@ def required_features(target: Any) -> list[str]:
 
 def host_name() -> str:
     """The processor of this machine, for people."""
-    return cpu_name()
+    return str(cpu_name())
 
 
 def _architecture(target: Any) -> str:

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, valid-type, misc"
+# (TVMScript: annotations are buffers, and the text is parsed by TVM, not run by Python)
 """TensorIR kernels for matrix products: exact integers, and FP32.
 
 One family, generated for an instruction set (`Isa`) and one shape: the right operand lies in panels (`Panels`), a task
@@ -5,18 +7,20 @@ is one panel times some rows, and a register tile of `Isa.rows` rows times one p
 parallel; nothing is allocated but the unpacked panel of 4-bit weights.
 
 Integer kernels compute ``sum_k (a - zero) * b`` in int32, exactly: `a` are bytes without sign (signed codes plus 128,
-with `zero` 128 more), because the byte dot product wants them so, and ``-zero * sum_k b`` is what the accumulators start
-from. FP32 kernels sum in another order than other libraries do: they agree within a few ULPs, not bit for bit.
+with `zero` 128 more), because the byte dot product wants them so, and ``-zero * sum_k b`` is what the accumulators
+start from. FP32 kernels sum in another order than other libraries do: they agree within a few ULPs, not bit for bit.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 from ._tvm_isa import Isa
 from ._tvm_panels import Panels
 
 _TASKS = 16  # enough for a few threads to share evenly, few enough that starting one costs nothing
+_SERIAL_BELOW = 1 << 20  # multiply-accumulates; waking another thread takes longer than such a product
 
 
 def _cuts(tasks: int, tiles: int) -> int:
@@ -24,6 +28,13 @@ def _cuts(tasks: int, tiles: int) -> int:
     return max(1, min(tiles, -(-_TASKS // tasks)))
 
 
+def _outer_loop(work: int) -> Any:
+    from tvm.script import tirx as T
+
+    return T.parallel if work >= _SERIAL_BELOW else T.serial
+
+
+@lru_cache(maxsize=512)  # TVM parses a kernel's text in 50 ms: equal layers share it
 def integer_kernel(isa: Isa, panels: Panels, batch: int, rows: int, zero: int) -> Any:
     """``(batch, rows, depth) uint8 x (batch, *stored_shape) -> (batch, rows, columns) int32`` as a PrimFunc.
 
@@ -34,7 +45,7 @@ def integer_kernel(isa: Isa, panels: Panels, batch: int, rows: int, zero: int) -
         rows: M.
         zero: what to subtract from the bytes of the left operand, 0 to 255.
     """
-    from tvm.script import tirx as T  # noqa: N812 - the name that TVM's parser and every reader knows
+    from tvm.script import tirx as T
 
     lanes, height, group, dot = isa.lanes, isa.rows, panels.group, isa.dot
     count, runs, line = panels.shape
@@ -43,7 +54,8 @@ def integer_kernel(isa: Isa, panels: Panels, batch: int, rows: int, zero: int) -
     tiles, full, rest = -(-rows // height), rows // height, rows % height
     cuts = _cuts(batch * count, tiles)
     per_cut = -(-tiles // cuts)
-    i32, splat, codes, nibbles = f"int32x{lanes}", f"uint8x{lanes * 4}", f"int8x{step}", f"uint8x{step}"
+    i32, splat, codes = f"int32x{lanes}", f"uint8x{lanes * 4}", f"int8x{step}"
+    tasks = _outer_loop(batch * rows * panels.depth * panels.columns)
     stored = "uint8" if panels.bits == 4 else "int8"
 
     def add(acc: Any, a: Any, n: Any, row: Any, k: Any, b: Any) -> Any:
@@ -64,7 +76,7 @@ def integer_kernel(isa: Isa, panels: Panels, batch: int, rows: int, zero: int) -
         return T.reinterpret(codes, (nibble ^ eight) - eight)
 
     @T.inline
-    def start_values(panel, start):  # type: ignore[no-untyped-def]
+    def start_values(panel, start):
         for v in T.unroll(vectors):
             start[T.ramp(v * lanes, 1, lanes)] = T.broadcast(T.int32(0), lanes)
         if zero != 0:
@@ -77,7 +89,7 @@ def integer_kernel(isa: Isa, panels: Panels, batch: int, rows: int, zero: int) -
                 start[T.ramp(v * lanes, 1, lanes)] = T.broadcast(T.int32(0), lanes) - start[T.ramp(v * lanes, 1, lanes)]
 
     @T.inline
-    def tile(a, panel, o, start, n, p, first, height_here):  # type: ignore[no-untyped-def]
+    def tile(a, panel, o, start, n, p, first, height_here):
         acc = T.alloc_buffer((height * panels.width,), "int32", scope="local")
         for r in T.unroll(height_here):
             for v in T.unroll(vectors):
@@ -100,13 +112,13 @@ def integer_kernel(isa: Isa, panels: Panels, batch: int, rows: int, zero: int) -
                 ]
 
     @T.inline
-    def all_tiles(a, panel, o, n, p, cut):  # type: ignore[no-untyped-def]
+    def all_tiles(a, panel, o, n, p, cut):
         start = T.alloc_buffer((panels.width,), "int32", scope="local")
         start_values(panel, start)
         for i in T.serial(per_cut):
             if cut * per_cut + i < full:
                 tile(a, panel, o, start, n, p, (cut * per_cut + i) * height, height)
-            if rest != 0:
+            if rest != 0:  # noqa: SIM102 - decided while the kernel is generated; the inner one runs in it
                 if cut * per_cut + i == full:
                     tile(a, panel, o, start, n, p, full * height, rest)
 
@@ -119,7 +131,7 @@ def integer_kernel(isa: Isa, panels: Panels, batch: int, rows: int, zero: int) -
             o: T.Buffer((batch, rows, panels.columns), "int32"),
         ):
             T.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
-            for task in T.parallel(batch * count * cuts):
+            for task in tasks(batch * count * cuts):
                 panel = T.alloc_buffer((runs, line), "int8")
                 for k in T.serial(stored_runs):
                     for v in T.unroll(line // step):
@@ -147,7 +159,7 @@ def integer_kernel(isa: Isa, panels: Panels, batch: int, rows: int, zero: int) -
         o: T.Buffer((batch, rows, panels.columns), "int32"),
     ):
         T.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
-        for task in T.parallel(batch * count * cuts):
+        for task in tasks(batch * count * cuts):
             all_tiles(
                 a,
                 panel_of(b, task // (count * cuts), task // cuts % count),
@@ -170,9 +182,10 @@ class _View:
         return self._buffer[(*self._prefix, *index)]
 
 
+@lru_cache(maxsize=512)  # TVM parses a kernel's text in 50 ms: equal layers share it
 def float_kernel(isa: Isa, panels: Panels, batch: int, rows: int) -> Any:
     """``(batch, rows, depth) x (batch, *shape) -> (batch, rows, columns)``, all float32, as a PrimFunc."""
-    from tvm.script import tirx as T  # noqa: N812
+    from tvm.script import tirx as T
 
     lanes, height = isa.lanes, isa.rows
     count, runs, line = panels.shape
@@ -180,9 +193,10 @@ def float_kernel(isa: Isa, panels: Panels, batch: int, rows: int) -> Any:
     tiles, full, rest = -(-rows // height), rows // height, rows % height
     cuts = _cuts(batch * count, tiles)
     per_cut = -(-tiles // cuts)
+    tasks = _outer_loop(4 * batch * rows * panels.depth * panels.columns)
 
     @T.inline
-    def tile(a, b, o, n, p, first, height_here):  # type: ignore[no-untyped-def]
+    def tile(a, b, o, n, p, first, height_here):
         acc = T.alloc_buffer((height * panels.width,), "float32", scope="local")
         for r in T.unroll(height_here):
             for v in T.unroll(vectors):
@@ -207,7 +221,7 @@ def float_kernel(isa: Isa, panels: Panels, batch: int, rows: int) -> Any:
         o: T.Buffer((batch, rows, panels.columns), "float32"),
     ):
         T.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
-        for task in T.parallel(batch * count * cuts):
+        for task in tasks(batch * count * cuts):
             for i in T.serial(per_cut):
                 if task % cuts * per_cut + i < full:
                     tile(
@@ -219,7 +233,7 @@ def float_kernel(isa: Isa, panels: Panels, batch: int, rows: int) -> Any:
                         (task % cuts * per_cut + i) * height,
                         height,
                     )
-                if rest != 0:
+                if rest != 0:  # noqa: SIM102
                     if task % cuts * per_cut + i == full:
                         tile(a, b, o, task // (count * cuts), task // cuts % count, full * height, rest)
 

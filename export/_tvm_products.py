@@ -173,7 +173,7 @@ def token_operands(graph: StaticGraph) -> dict[str, Token]:
             storage = onnx.TensorProto.DataType.Name(graph.types[dequantize.input[2]])
             codes = dequantize.input[0]
             site = next((p.value for p in dequantize.metadata_props if p.key == "s2d.site"), dequantize.name)
-            one = np.float32(1).reshape(())
+            one = np.array(1, np.float32)
             operand = Operand(site, codes, node.output[0], storage, one, zero.astype(np.int8), None, None, None)
             found[node.output[0]] = Token(operand, scale)
     return found
@@ -331,7 +331,7 @@ def _window(node: onnx.NodeProto, graph: StaticGraph) -> Window:
 
 
 def _as_matrices(weights: Array, window: Window | None) -> Array:
-    """``(batch, K, N)``: a matrix (or vector) alone, or a convolution's ``(O, I / groups, ...)`` with groups as the batch."""
+    """``(batch, K, N)``: a matrix (or vector) alone, or a convolution's weight with groups as the batch."""
     if window is None:
         return weights.reshape(1, weights.shape[0], -1)
     per_group = weights.reshape(window.groups, weights.shape[0] // window.groups, -1)

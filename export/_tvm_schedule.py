@@ -11,7 +11,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_SERIAL_BELOW = 8192  # elements; starting threads costs more than such a loop
+_SERIAL_BELOW = 1 << 15  # elements; waking another thread takes longer than so many
 
 
 def schedule_loops(module: Any, lanes: int) -> Any:

@@ -157,7 +157,7 @@ def _fold(
     if any(i not in constants for i in names) or any(a.HasField("g") for a in node.attribute):
         return False
     feeds = {i: numpy_helper.to_array(constants[i]) for i in names}
-    results = ReferenceEvaluator(_single(node, constants, opset)).run(None, feeds)
+    results: list[Any] = list(ReferenceEvaluator(_single(node, constants, opset)).run(None, feeds))
     read = max([_SMALL, *(a.size for a in feeds.values())])
     if any(r.dtype.kind == "f" and r.size > read for r in results):
         return False

@@ -1,8 +1,8 @@
 """Common ONNX -> TVM: a shared library and packed parameters that run without a compiler.
 
 Integer contractions run on kernels of our own that are generated for the target's byte dot product: weights are stored
-as 4-bit codes, two a byte (8-bit: one), unpacked inside the kernel; accumulators are int32 and exact. Everything between
-them is FP32: sums in another order, exponentials by polynomials (errors in `_tvm_math.py`), nothing else is lost.
+as 4-bit codes, two a byte (8-bit: one), unpacked inside the kernel; accumulators are int32 and exact. Everything
+between them is FP32: sums in another order, exponentials by polynomials (errors in `_tvm_math.py`), nothing else lost.
 
 TVM builds for fixed shapes: one entry for each batch size that the options list. The runtime serves other batch sizes
 by splitting and padding, which changes no sample's result.
@@ -22,9 +22,9 @@ from typing import Any
 
 from s2d_deploy.errors import RecipeError, RuntimeUnavailable, S2DDeployError, UnsupportedError, message
 from s2d_deploy.qgraph import initializers, load_model, metadata
+from s2d_deploy.runtimes._tvm_artifact import CODE, DESCRIPTION, LIBRARY, PARAMETERS, PROGRAM, write_description
 from s2d_deploy.session import Artifact, Progress
 
-from ..runtimes._tvm_artifact import FILES, LIBRARY, PARAMETERS, write_description
 from ._tvm_isa import NATIVE
 
 DEFAULT_BATCHES = (1,)
@@ -91,7 +91,7 @@ class TvmTarget:
 
         Raises:
             RecipeError: an unknown option, or a wrong value.
-            RuntimeUnavailable: TVM, or a linker, is not installed.
+            RuntimeUnavailable: TVM is not installed, or the linker refuses the target's code.
             UnsupportedError: an operator cannot be compiled; the message names it.
         """
         batches, sizes, device = _options(options)
@@ -100,11 +100,12 @@ class TvmTarget:
         require_compiler()
         built = compile_model(load_model(dialect), batches, sizes, device, progress)
         progress("TVM: linking")
-        _link(built.executable, folder / LIBRARY, built.description["target"])
+        files = _link(built.executable, folder, built.description["target"])
         from safetensors.numpy import save_file
 
         save_file(built.parameters, folder / PARAMETERS)
-        write_description(folder, built.description)
+        files |= {"parameters": PARAMETERS, "description": DESCRIPTION}
+        write_description(folder, files, built.description)
         description = built.description
         info = {
             "batches": description["batches"],
@@ -114,15 +115,15 @@ class TvmTarget:
             "tvm": description["tvm"],
             "notes": [f"{name}: {op['note']}" for name, op in description["ops"].items() if op["note"]],
         }
-        return Artifact(folder, self.name, precision, dict(FILES), info)
+        if "library" not in files:
+            info["notes"].append("no C compiler on PATH to link with: the code is compiled when the artifact is loaded")
+        return Artifact(folder, self.name, precision, files, info)
 
 
 def _options(options: Mapping[str, Any]) -> tuple[list[int], dict[str, int], str]:
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
-        raise RecipeError(
-            message(f"unknown option {unknown[0]!r} for TVM", expected=f"any of {', '.join(_OPTIONS)}")
-        )
+        raise RecipeError(message(f"unknown option {unknown[0]!r} for TVM", expected=f"any of {', '.join(_OPTIONS)}"))
     batch = options.get("batch", DEFAULT_BATCHES)
     batches = [batch] if isinstance(batch, int) else list(batch)
     sizes = dict(options.get("shapes") or {})
@@ -134,24 +135,28 @@ def _options(options: Mapping[str, Any]) -> tuple[list[int], dict[str, int], str
     return sorted(set(batches)), sizes, str(options.get("device", NATIVE))
 
 
-def _link(executable: Any, path: Path, target: Mapping[str, Any]) -> None:
-    """Link the compiled functions into a shared library.
+def _link(executable: Any, folder: Path, target: Mapping[str, Any]) -> dict[str, str]:
+    """Write the compiled functions into `folder`: a shared library, or what serves where no linker is installed.
+
+    Without a linker, the VM's program and the functions' LLVM code are written apart, and TVM compiles the code when it
+    loads: the same code for the same target, a few seconds later.
+
+    Returns:
+        files by role.
 
     Raises:
-        RuntimeUnavailable: no linker for the target.
+        RuntimeUnavailable: the linker refuses, as it does for another architecture's code.
     """
     from tvm.support import cc
 
     if cc.get_cc() is None:
-        raise RuntimeUnavailable(
-            message(
-                "TVM needs a linker to write a shared library, and no C compiler is on PATH",
-                expected="one of g++, gcc, clang++, clang, c++, cc, or the variable CXX",
-                fix="install one, for example `apt install gcc` or `conda install gxx`",
-            )
-        )
+        executable.mod.write_to_file(str(folder / PROGRAM), "bin")
+        (code,) = executable.mod.imports
+        code.write_to_file(str(folder / CODE), "ll")
+        return {"program": PROGRAM, "code": CODE}
     try:
-        executable.export_library(str(path), options=["-s"])  # without symbol tables: they weigh more than the code
+        # Without symbol tables: they weigh more than the code.
+        executable.export_library(str(folder / LIBRARY), options=["-s"])
     except RuntimeError as error:
         raise RuntimeUnavailable(
             message(
@@ -160,6 +165,7 @@ def _link(executable: Any, path: Path, target: Mapping[str, Any]) -> None:
                 fix="set CXX to a compiler for that target",
             )
         ) from error
+    return {"library": LIBRARY}
 
 
 TARGET = TvmTarget()
@@ -227,7 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except S2DDeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{artifact.folder}: {artifact.size_bytes} bytes for {artifact.info['isa']}, batch sizes {artifact.info['batches']}")
+    about = f"for {artifact.info['isa']}, batch sizes {artifact.info['batches']}"
+    print(f"{artifact.folder}: {artifact.size_bytes} bytes {about}")
     for name in sorted(artifact.files.values()):
         print(f"  {name}: {(artifact.folder / name).stat().st_size} bytes")
     for note in artifact.info["notes"]:

@@ -1,8 +1,8 @@
 """The files of a TVM artifact, read without TVM: description, parameters, and whether all of it is ours and whole.
 
-    model.json           what was built: inputs, batch sizes, entries, ops, required processor features, digests
-    model.so             TVM's VM executable: bytecode and compiled functions
-    params.safetensors   weights in the kernels' layout (4-bit codes two a byte), scales, biases
+model.json           what was built: inputs, batch sizes, entries, ops, required processor features, digests
+model.so             TVM's VM executable: bytecode and compiled functions
+params.safetensors   weights in the kernels' layout (4-bit codes two a byte), scales, biases
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from s2d_deploy.session import Array, Artifact
 FORMAT = "s2d-deploy tvm artifact"
 FORMAT_VERSION = 1
 LIBRARY, PARAMETERS, DESCRIPTION = "model.so", "params.safetensors", "model.json"
-FILES = {"library": LIBRARY, "parameters": PARAMETERS, "description": DESCRIPTION}
+PROGRAM, CODE = "model.vm", "model.ll"
 _AGAIN = "build it again with `s2d-deploy build`"
 
 
-def write_description(folder: Path, description: dict[str, Any]) -> None:
-    """Write ``model.json`` beside the two other files, with their digests."""
-    digests = {name: sha256_file(folder / name) for name in (LIBRARY, PARAMETERS)}
+def write_description(folder: Path, files: dict[str, str], description: dict[str, Any]) -> None:
+    """Write ``model.json`` beside the other `files` (by role), with their digests."""
+    digests = {name: sha256_file(folder / name) for role, name in sorted(files.items()) if role != "description"}
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, **description, "sha256": digests}
     (folder / DESCRIPTION).write_text(json.dumps(document, indent=1) + "\n")
 
@@ -35,11 +35,13 @@ def read_description(artifact: Artifact) -> dict[str, Any]:
     Raises:
         ArtifactError: a file is missing, truncated, foreign or changed; it is named.
     """
-    if artifact.target != "tvm" or set(FILES) - set(artifact.files):
+    roles = set(artifact.files)
+    whole = {"parameters", "description"} <= roles and ("library" in roles or {"program", "code"} <= roles)
+    if artifact.target != "tvm" or not whole:
         raise ArtifactError(
             message(
                 f"{artifact.folder}: not a TVM artifact",
-                expected=f"target tvm with {', '.join(FILES.values())}",
+                expected=f"target tvm with {LIBRARY}, {PARAMETERS}, {DESCRIPTION}",
                 found=f"target {artifact.target} with {', '.join(artifact.files.values()) or 'no files'}",
                 fix=_AGAIN,
             )
@@ -62,10 +64,12 @@ def read_description(artifact: Artifact) -> dict[str, Any]:
                 fix=_AGAIN,
             )
         )
-    for role in ("library", "parameters"):
+    for role, name in sorted(artifact.files.items()):
+        if role == "description":
+            continue
         file = artifact.path(role)
         found = sha256_file(file) if file.is_file() else "nothing"
-        expected = document["sha256"][FILES[role]]
+        expected = str(document.get("sha256", {}).get(name, "no such file"))
         if found != expected:
             raise ArtifactError(
                 message(

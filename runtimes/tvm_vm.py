@@ -50,13 +50,12 @@ class TvmSession:
         self.threads = _set_threads(tvm, threads)
         self._tensor: Callable[[Array], Any] = tvm.runtime.tensor
         try:
-            library = tvm.runtime.load_module(str(artifact.path("library")))
-            self._vm: Any = tvm.relax.VirtualMachine(library, tvm.cpu())
+            self._vm: Any = tvm.relax.VirtualMachine(_load(tvm, artifact), tvm.cpu())
         except Exception as error:
             raise ArtifactError(
                 message(
-                    f"{artifact.path('library')}: TVM cannot load it",
-                    expected=f"a library built with TVM {self._about['tvm']}",
+                    f"{artifact.folder}: TVM cannot load it",
+                    expected=f"an artifact built with TVM {self._about['tvm']}",
                     found=f"{str(error).strip().splitlines()[-1]} (TVM {tvm.__version__})",
                     fix="build it again with `s2d-deploy build`",
                 )
@@ -304,6 +303,15 @@ def _import_tvm() -> Any:
     return tvm
 
 
+def _load(tvm: Any, artifact: Artifact) -> Any:
+    """The VM executable: a linked library, or its two parts (see `_tvm_artifact`)."""
+    if "library" in artifact.files:
+        return tvm.runtime.load_module(str(artifact.path("library")))
+    program = tvm.get_global_func("ffi.Module.load_from_file.relax.VMExecutable")(str(artifact.path("program")))
+    program.import_module(tvm.runtime.load_module(str(artifact.path("code"))))
+    return program
+
+
 def _set_threads(tvm: Any, threads: int) -> int:
     """Let TVM's thread pool, of which a process has one, use `threads` threads. Returns how many it then uses.
 
@@ -328,7 +336,7 @@ def _require_features(artifact: Artifact, about: dict[str, Any]) -> None:
     if missing:
         raise DeviceUnavailable(
             message(
-                f"{artifact.path('library')}: built for features that this processor lacks",
+                f"{artifact.folder}: built for features that this processor lacks",
                 expected=f"{about['isa']}, with {', '.join(missing)}",
                 found=cpu_name(),
                 fix="build it on this machine, or with the option device: 'llvm -mcpu=x86-64-v3'",
