@@ -157,23 +157,21 @@ class FakeQuantizer(nn.Module):
         if not bool(torch.all(torch.isfinite(scale) & (scale > 0))):
             raise PlanError(message("a scale must be finite and positive", found=f"min {float(scale.min())}"))
         self.grid = grid
+        if zero_point is None:
+            zero_point = torch.zeros_like(scale)
         self.register_buffer("scale", scale.to(torch.float32))
-        self.register_buffer(
-            "zero_point", torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point.to(torch.int32)
-        )
+        self.register_buffer("zero_point", zero_point.to(torch.int32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized `x`: same shape and dtype."""
         g = self.grid.granularity
         if isinstance(g, PerToken):
-            result: Tensor = fake_quantize_token_op(x, self.grid.bits)
-            return result
+            return fake_quantize_token_op(x, self.grid.bits)  # type: ignore[no-any-return]
         axis = g.axis if isinstance(g, PerAxis | PerBlock) else None
         block = g.size if isinstance(g, PerBlock) else None
-        result = fake_quantize_op(
+        return fake_quantize_op(  # type: ignore[no-any-return]
             x, self.scale, self.zero_point, self.grid.bits, self.grid.signed, self.grid.narrow, axis, block
         )
-        return result
 
     def codes(self, x: Tensor) -> Tensor:
         """int32 codes of `x`."""

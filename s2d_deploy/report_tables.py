@@ -5,7 +5,7 @@ A cell carries its sort value in `data-v`; a missing value has none and sorts la
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from s2d_deploy import report_format as fmt
@@ -15,6 +15,7 @@ from s2d_deploy.plots import Labelled, colour
 from s2d_deploy.plots_layers import sparkline
 from s2d_deploy.report_schema import ActivationRange, ConditionedLayer, Gate, LayerState, Op, Report, Result, SiteParity
 
+_MANY_GATES = 20  # above it, those that passed are folded away
 _CHIP_SIGNS = {"pass": "✓", "fail": "✕", "undecided": "?", "measured": "●", "built": "◐", "unavailable": "○"}
 
 
@@ -163,19 +164,29 @@ def gates_table(gates: Sequence[Gate]) -> Markup:
         Column("Limit", True),
         Column("Evidence"),
     ]
-    rows = (
-        tag(
-            "tr",
-            cell(chip(g.verdict), value=g.verdict),
-            cell(g.name, head=True),
-            cell(words.gate_place(g)),
-            num(fmt.anything(g.value), g.value if isinstance(g.value, int | float) else None),
-            num(fmt.anything(g.limit), g.limit if isinstance(g.limit, int | float) else None),
-            cell(fmt.anything(g.evidence), class_="prose"),
-        )
-        for g in words.worst_first(gates)
+
+    def rows(chosen: Sequence[Gate]) -> Iterator[Markup]:
+        for g in words.worst_first(chosen):
+            yield tag(
+                "tr",
+                cell(chip(g.verdict), value=g.verdict),
+                cell(g.name, head=True),
+                cell(words.gate_place(g)),
+                num(fmt.anything(g.value), g.value if isinstance(g.value, int | float) else None),
+                num(fmt.anything(g.limit), g.limit if isinstance(g.limit, int | float) else None),
+                cell(fmt.anything(g.evidence), class_="prose"),
+            )
+
+    if len(gates) <= _MANY_GATES:
+        return table("gates", "Gates", columns, rows(gates))
+    passed = [g for g in gates if g.verdict == "pass"]
+    rest = [g for g in gates if g.verdict != "pass"]
+    folded = tag(
+        "details",
+        tag("summary", f"{len(passed)} gates passed"),
+        table("gates-passed", "Gates passed", columns, rows(passed)),
     )
-    return table("gates", "Gates", columns, rows)
+    return join([table("gates", "Gates", columns, rows(rest)), folded] if rest else [folded])
 
 
 def latency_table(results: Labelled) -> Markup | None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+MANY_GATES = 20
 DASH = "–"
 
 
@@ -45,9 +46,17 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def gates_table(gates: Sequence[Mapping[str, Any]]) -> str:
-    """Every gate with value, limit and verdict; evidence for those that did not pass."""
+    """The gates with value, limit and verdict; evidence for those that did not pass.
+
+    Above `MANY_GATES`, those that passed are only counted: the reports list them all.
+    """
     if not gates:
         return "no gates"
+    total, passed = len(gates), sum(g["verdict"] == "pass" for g in gates)
+    if total > MANY_GATES:
+        gates = [g for g in gates if g["verdict"] != "pass"]
+    if not gates:
+        return f"gates: all {total} passed"
     table = Table(title="gates", title_justify="left")
     for name in ("gate", "target", "precision", "verdict"):
         table.add_column(name, no_wrap=True)
@@ -67,7 +76,8 @@ def gates_table(gates: Sequence[Mapping[str, Any]]) -> str:
         for g in gates
         if g["verdict"] != "pass"
     ]
-    return _text(table) + "\n".join(evidence)
+    counted = [] if total <= MANY_GATES or not passed else [f"  {passed} of {total} gates passed"]
+    return _text(table) + "\n".join([*evidence, *counted])
 
 
 def diagnosis_table(layers: Iterable[Mapping[str, Any]]) -> str:
