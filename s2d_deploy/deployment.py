@@ -309,6 +309,8 @@ def _label(name: str, version: str) -> str:
 def _parity_words(parity: Mapping[str, Any]) -> str:
     if "accumulators_checked" not in parity:
         return "float"
+    if not parity["accumulators_checked"]:
+        return "no product of integers to check"
     return f"{parity['accumulators_different']} of {parity['accumulators_checked']} accumulators differ"
 
 

@@ -423,6 +423,9 @@ def _machine_refusal(error: Exception, final: Path, partial: Path) -> StageError
         full = shutil.disk_usage(partial).free < 4096
     except OSError:
         full = False
-    if full or "No space left on device" in str(error):
-        return refused(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), final)
+    for number in REFUSALS:
+        reason = os.strerror(number)
+        # Rust writes "File too large (os error 27)"; C++ the reason alone.
+        if f"(os error {number})" in str(error) or (number == errno.ENOSPC and (full or reason in str(error))):
+            return refused(OSError(number, reason), final)
     return None

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+from command_line import Commands, Finished
 
 # Set before torch, NumPy or transformers is imported, since they read these once; subprocesses inherit them.
 # One thread makes float sums repeatable bit for bit; a test about threads asks for its own number.
@@ -17,3 +24,21 @@ for _name, _value in SINGLE_THREADED.items():
 # The same examples in every run, so that a red build can be repeated; no deadline, since shared machines stall.
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """The command line, each command a process of its own, in one working folder."""
+    server = Commands(tmp_path_factory.mktemp("commands"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def finished(commands: Commands) -> Finished:
+    """One run of the tiny recipe with every verb done. Copy it before you spoil it."""
+    result = commands("run", "tiny.yaml", "-o", "runs/finished")
+    assert result.code == 0, result.stderr
+    for verb in ("diagnose", "export"):
+        assert commands(verb, "tiny.yaml", "-o", "runs/finished", "-q").code == 0
+    return Finished(commands, commands.cwd / "runs" / "finished", result)
