@@ -295,8 +295,8 @@ def _npz(section: DataSection, _size: int | None, _channels: int, _source: str |
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        # AttributeError: np.load gives a bare array for a .npy file.
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        # TypeError: np.load gives a bare array for a .npy file.
         raise DataError(
             message(
                 f"{path}: not a readable .npz file", expected="numeric arrays, never pickled objects", found=str(error)
@@ -355,7 +355,7 @@ def _tensor(array: npt.NDArray[Any]) -> Tensor:
 def _existing(section: DataSection) -> Path:
     path = Path(section.path or "").expanduser()
     if not path.exists():
-        raise DataError(message(f"data.path {section.path!r} does not exist", fix="set it with --set data.path=..."))
+        raise DataError(message(f"data.path {section.path!r} does not exist", fix="set it with --set data.path=PATH"))
     if section.kind == "images" and not path.is_dir():
         raise DataError(
             message(f"data.path {section.path!r}", expected="a folder with train/ and test/", found="a file")

@@ -396,6 +396,8 @@ def _explain(error: Any) -> str:
         return message(f"key {path!r} is missing")
     if error["type"] in ("model_type", "model_attributes_type", "dict_type"):
         return message(f"section {path!r}", expected="a mapping of keys", found=_kind(error.get("input")))
+    if error["type"] == "too_short":
+        return message(f"key {path!r}", expected="at least one entry", found=repr(error.get("input"))[:80])
     if error["type"] == "tuple_type":
         return message(f"key {path!r}", expected="a list, e.g. [a, b]", found=repr(error.get("input"))[:80])
     text = error["msg"]

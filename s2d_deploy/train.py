@@ -53,7 +53,8 @@ def train(
             if not torch.isfinite(loss):
                 raise ModelError(
                     message(
-                        f"training: the loss became {float(loss)} in epoch {epoch + 1}", fix="lower train.learning_rate"
+                        f"training: the loss became {float(loss.detach())} in epoch {epoch + 1}",
+                        fix="lower train.learning_rate",
                     )
                 )
             optimizer.zero_grad(set_to_none=True)
