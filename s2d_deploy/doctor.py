@@ -26,7 +26,6 @@ INSTALL = {name: f"pip install 's2d-deploy[{name}]'" for name in ("ort", "tvm", 
 # Package -> (what it is for, the pip line that brings it).
 OPTIONAL = {
     "nvidia-modelopt": ("NVIDIA's quantization presets as recipes", "pip install 's2d-deploy[modelopt]'"),
-    "matplotlib": ("plots in the report", "pip install 's2d-deploy[report]'"),
     "openvino": ("the peer in benchmarks", "pip install 's2d-deploy[bench]'"),
     "nncf": ("the peer in benchmarks", "pip install 's2d-deploy[bench]'"),
 }
@@ -122,12 +121,15 @@ def _gpu(gpu: dict[str, Any]) -> str:
 
 
 def _runtimes(report: dict[str, Any]) -> RenderableType:
+    """The table, and below it a line for each runtime: its device, or what is missing."""
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title="runtimes, and the rung that each precision gets here", title_justify="left")
-    for column in ("runtime", "version", *PRECISIONS, "device, or what is missing"):
-        table.add_column(column)
+    for column in ("runtime", "version", *PRECISIONS):
+        table.add_column(column, no_wrap=column != "version")
+    below = []
     for entry in report["runtimes"]:
         rungs = [Text(entry["rungs"][p] or "-") for p in PRECISIONS]
         lines = [entry["device"] or ""] if entry["available"] else [entry["reason"] or ""]
@@ -135,8 +137,9 @@ def _runtimes(report: dict[str, Any]) -> RenderableType:
             lines.append(entry["install"])
         lines += [problem for problem in entry["problems"] if problem not in lines[0]]
         state = "green" if entry["available"] else "yellow"
-        table.add_row(Text(entry["name"], style=state), Text(entry["version"] or "-"), *rungs, Text("\n".join(lines)))
-    return table
+        table.add_row(Text(entry["name"], style=state), Text(entry["version"] or "-"), *rungs)
+        below.append(Text(f"  {entry['name']}: ", style=state) + Text("\n    ".join(lines), style="default"))
+    return Group(table, *below, "")
 
 
 def _packages(report: dict[str, Any]) -> RenderableType:

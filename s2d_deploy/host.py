@@ -54,7 +54,6 @@ PACKAGES = (
     "nvidia-modelopt",
     "openvino",
     "nncf",
-    "matplotlib",
 )
 _GPU_QUERY = ("name", "compute_cap", "driver_version", "memory.total")
 

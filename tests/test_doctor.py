@@ -99,8 +99,8 @@ def test_a_working_adapter(plug):
         "-",
         "-",
         "emulated",
-        "cpu [2 threads]",
     ]
+    assert "  toy: cpu [2 threads]" in text  # brackets are no markup
 
 
 @pytest.mark.parametrize("question", ["available", "version", "device", "rung"])
