@@ -54,7 +54,8 @@ def require_compiler() -> None:
         RuntimeUnavailable: it is not.
     """
     try:
-        import_module("tvm.relax")
+        for name in ("tvm", "tvm.relax"):
+            import_module(name)
     except ImportError as error:
         raise RuntimeUnavailable(
             message("TVM is not installed", found=str(error), fix="pip install 's2d-deploy[tvm]'")

@@ -1,8 +1,8 @@
 """exp, erf, tanh and sigmoid as plain FP32 arithmetic, so that they run in vectors instead of calling libm one by one.
 
-Errors, measured over every 64th float32 in [-30, 30] against float64: exp 1 ULP (it saturates at -87.3 and 88.7),
-tanh and sigmoid 3e-7 absolute. erf is Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: 2.5e-7
-absolute including rounding.
+Errors, measured at a million points of [-30, 30] against float64: exp 1.5e-7 relative (it saturates at -87.3 and 88.7),
+tanh and sigmoid 3e-7 absolute, erf 3e-7 absolute (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26;
+Taylor's series near zero).
 Every function takes and returns a TIR expression of type float32.
 """
 
@@ -42,8 +42,14 @@ def erf(x: Any) -> Any:
     poly = f(1.061405429)
     for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
         poly = poly * t + f(coefficient)
-    result = f(1.0) - poly * t * exp(f(0.0) - size * size)
-    return tirx.Select(x < f(0.0), f(0.0) - result, result)
+    large = f(1.0) - poly * t * exp(f(0.0) - size * size)
+    # Near zero that difference cancels; Taylor's series to x^13 leaves 4e-10 at 0.5.
+    square = x * x
+    small = f(1.0 / 9360.0)
+    for coefficient in (-1.0 / 1320.0, 1.0 / 216.0, -1.0 / 42.0, 1.0 / 10.0, -1.0 / 3.0, 1.0):
+        small = small * square + f(coefficient)
+    small = small * x * f(2.0 / math.sqrt(math.pi))
+    return tirx.Select(size < f(0.5), small, tirx.Select(x < f(0.0), f(0.0) - large, large))
 
 
 def sigmoid(x: Any) -> Any:
