@@ -70,18 +70,22 @@ def gates(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[GateVerdict
         limits = recipe.gates.limits_for(precision)
         chosen = [r for r in rows if r["precision"] in (precision, BASELINE)]
         timed = [r for r in chosen if r["target"] not in UNTIMED]
+        found: list[GateVerdict] = []
         for part, keep in ((timed, True), ([r for r in chosen if r["target"] in UNTIMED], False)):
             if not part:
                 continue
             # The integer reference has no latency to judge.
             mine = limits if keep else limits | {"latency_ratio": None}
             present = {r["target"] for r in part}
-            verdicts += evaluate(
+            found += evaluate(
                 part,
                 GateLimits.from_dict(mine),
                 required=[name for name in required if name in present] or _measured(part),
                 precisions=[precision],
             )
+        # A limit that one part could not judge was judged by the other: only what neither holds is undecided.
+        held = {v.name for v in found if v.target != "*"}
+        verdicts += [v for v in found if (v.target != "*" or v.name not in held) and v not in verdicts]
     # The baseline is read beside every precision; it is not itself on trial.
     places = {t.name: i for i, t in enumerate(recipe.targets)}
     order = {p: i for i, p in enumerate(recipe.quantize.precisions)}
