@@ -80,7 +80,8 @@ def gates(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[GateVerdict
             found += evaluate(
                 part,
                 GateLimits.from_dict(mine),
-                required=[name for name in required if name in present] or _measured(part),
+                # What was measured is held to every limit, whether or not the recipe requires it to be there.
+                required=dict.fromkeys([*(name for name in required if name in present), *_measured(part)]),
                 precisions=[precision],
             )
         # A limit that one part could not judge was judged by the other: only what neither holds is undecided.

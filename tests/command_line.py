@@ -165,10 +165,18 @@ class Commands:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A run folder in which every verb has done its work."""
+    """A run folder in which every verb has done its work.
+
+    Attributes:
+        commands: what made it.
+        folder: where it lies.
+        steps: verb -> what `stages` found when it had ended.
+        result: of a `run` after them all.
+    """
 
     commands: Commands
     folder: Path
+    steps: dict[str, dict[str, int]]
     result: Result
 
     def copy(self, to: Path) -> Path:

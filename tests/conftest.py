@@ -11,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
-from command_line import Commands, Finished
+from command_line import Commands, Finished, stages
 
 # Set before torch, NumPy or transformers is imported, since they read these once; subprocesses inherit them.
 # One thread makes float sums repeatable bit for bit; a test about threads asks for its own number.
@@ -36,9 +36,11 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 @pytest.fixture(scope="session")
 def finished(commands: Commands) -> Finished:
-    """One run of the tiny recipe with every verb done. Copy it before you spoil it."""
-    result = commands("run", "tiny.yaml", "-o", "runs/finished")
-    assert result.code == 0, result.stderr
-    for verb in ("diagnose", "export"):
-        assert commands(verb, "tiny.yaml", "-o", "runs/finished", "-q").code == 0
-    return Finished(commands, commands.cwd / "runs" / "finished", result)
+    """One run of the tiny recipe, verb by verb. Copy it before you spoil it."""
+    folder = commands.cwd / "runs" / "finished"
+    steps = {}
+    for verb in ("diagnose", "condition", "quantize", "export", "build", "verify", "gate"):
+        result = commands(verb, "tiny.yaml", "-o", folder)
+        assert result.code == 0, result.stderr
+        steps[verb] = stages(folder)
+    return Finished(commands, folder, steps, commands("run", "tiny.yaml", "-o", folder))
