@@ -226,6 +226,13 @@ def test_a_checkpoint_that_exists_only_as_a_pickle_is_refused_and_never_unpickle
     assert not marker.exists()
 
 
+def test_even_a_harmless_pickle_is_refused(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+    assert "cannot be loaded. Expected: a folder written by save_pretrained (safetensors)" in refused(folder)
+
+
 def test_code_in_a_checkpoint_is_never_run(folder: Path, tmp_path: Path) -> None:
     marker = tmp_path / "executed"
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Config: ...\nclass Model: ...\n")
