@@ -149,6 +149,8 @@ def _link(executable: Any, folder: Path, target: Mapping[str, Any]) -> dict[str,
     """
     from tvm.support import cc
 
+    for name in (LIBRARY, PROGRAM, CODE):
+        (folder / name).unlink(missing_ok=True)  # written over, it would change under a session that has it mapped
     if cc.get_cc() is None:
         executable.mod.write_to_file(str(folder / PROGRAM), "bin")
         (code,) = executable.mod.imports

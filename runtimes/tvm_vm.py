@@ -13,10 +13,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
@@ -26,7 +28,7 @@ from s2d_deploy.errors import ArtifactError, DataError, DeviceUnavailable, Runti
 from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung, lowest_rung, require_feeds
 
 from ._cpu_features import byte_dot_product, cpu_name, missing_features
-from ._tvm_artifact import read_description, read_parameters
+from ._tvm_artifact import LIBRARY, read_description, read_parameters
 
 _RUNGS: dict[str, Rung] = {
     "fp32": "float",
@@ -305,8 +307,15 @@ def _import_tvm() -> Any:
 
 def _load(tvm: Any, artifact: Artifact) -> Any:
     """The VM executable: a linked library, or its two parts (see `_tvm_artifact`)."""
+    from tvm_ffi import load_module
+
     if "library" in artifact.files:
-        return tvm.runtime.load_module(str(artifact.path("library")))
+        # The dynamic loader remembers libraries by path: one that was built again at the same place would come back
+        # as it was. A link of its own name makes it look at the file (tvm.runtime.load_module would resolve the link).
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / LIBRARY
+            link.symlink_to(artifact.path("library").resolve())
+            return load_module(str(link))
     program = tvm.get_global_func("ffi.Module.load_from_file.relax.VMExecutable")(str(artifact.path("program")))
     program.import_module(tvm.runtime.load_module(str(artifact.path("code"))))
     return program

@@ -85,7 +85,7 @@ class GraphBuilder:
 
 
 def common_model() -> onnx.ModelProto:
-    """A little of everything: grouped Conv, INT4, INT8 and UINT4 with zero points, blocks, attention, a float MatMul."""
+    """A little of everything: grouped Conv, INT4, INT8 and UINT4 with zero points, blocks, attention, floats."""
     g = GraphBuilder()
     image = g.quantized("image", "patch.input", 0.05, 7, TensorProto.INT8)
     kernel = g.weight("patch", (WIDTH, 2, 3, 3), TensorProto.INT4, axis=0)
@@ -344,11 +344,11 @@ def test_wrong_codes(session: Any) -> None:
     good = np.zeros((1, 9, WIDTH), np.int8)
     with pytest.raises(UnsupportedError, match="no op 'nothing' in this artifact"):
         session.accumulate("nothing", good)
-    with pytest.raises(UnsupportedError, match="op 'head' does not run on integers.*weight-only"):
+    with pytest.raises(UnsupportedError, match=r"op 'head' does not run on integers.*weight-only"):
         session.accumulate("head", good)
     with pytest.raises(DataError, match="op 'q' multiplies by its stored weight"):
         session.accumulate("q", good, good)
-    with pytest.raises(DataError, match="op 'q': lhs codes do not fit. Expected: int8"):
+    with pytest.raises(DataError, match=r"op 'q': lhs codes do not fit\. Expected: int8"):
         session.accumulate("q", good.astype(np.int32))
     with pytest.raises(DataError, match=r"op 'a\.scores' multiplies two activations"):
         session.accumulate("a.scores", good)
@@ -379,12 +379,28 @@ def test_broken_artifacts(built: tuple[onnx.ModelProto, Artifact], tmp_path: Pat
         RUNTIME.open(replace(artifact, target="ort"), threads=1)
 
 
+def test_an_artifact_built_again_at_the_same_place_is_the_new_one(tmp_path: Path) -> None:
+    feeds, results = images(1), []
+    for ending in ("Tanh", "Exp"):
+        model = common_model()
+        model.graph.node[-1].output[0] = "before"
+        model.graph.node.append(helper.make_node(ending, ["before"], ["y"], "end"))
+        onnx.save(model, tmp_path / "m.onnx")
+        artifact = TARGET.build(tmp_path / "m.onnx", tmp_path, precision="w4a8", options={}, progress=lambda _: None)
+        session = RUNTIME.open(artifact, threads=1)
+        results.append((session, session.run(feeds)["y"]))
+    # The first session still runs the library that it has loaded.
+    np.testing.assert_array_equal(results[0][0].run(feeds)["y"], results[0][1])
+    assert results[1][1].min() > 0
+    assert results[0][1].min() < 0
+
+
 def test_missing_processor_features_are_named(built: tuple[onnx.ModelProto, Artifact], tmp_path: Path) -> None:
     artifact = copied(built[1], tmp_path)
     about = json.loads(artifact.path("description").read_text())
     about["features"].append("amx_of_the_future")
     artifact.path("description").write_text(json.dumps(about))
-    with pytest.raises(DeviceUnavailable, match="built for features that this processor lacks.*amx_of_the_future"):
+    with pytest.raises(DeviceUnavailable, match=r"built for features that this processor lacks.*amx_of_the_future"):
         RUNTIME.open(artifact, threads=1)
 
 
