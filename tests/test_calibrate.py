@@ -93,6 +93,14 @@ def test_it_runs_in_evaluation_mode_leaves_no_hooks_and_repeats_bit_for_bit(vit:
         assert torch.equal(h.power, other.power)
 
 
+def test_dropout_plays_no_part_in_calibration() -> None:
+    model = load_model(ModelSection(config=CONFIG | {"hidden_dropout_prob": 0.5})).module
+    ops = discover(model, {"pixel_values": pixels(1)})
+    calm = calibrate(model.eval(), ops, cut(pixels(4), 4))
+    wild = calibrate(model.train(), ops, cut(pixels(4), 4))
+    assert all(torch.equal(h.counts, wild.histograms[n].counts) for n, h in calm.histograms.items())
+
+
 def test_an_empty_set_and_nan_are_refused(vit: nn.Module) -> None:
     ops = discover(vit, {"pixel_values": pixels(1)})
     with pytest.raises(DataError, match=r"^the calibration set is empty\. Expected: at least one sample\."):

@@ -57,6 +57,14 @@ def test_the_counts_do_not_depend_on_how_the_stream_was_cut(values: list[float],
     assert (whole.limit, whole.low, whole.high, whole.total) == (cut.limit, cut.low, cut.high, cut.total)
 
 
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_a_growing_stream_ends_with_the_counts_of_the_whole(size: int) -> None:
+    x = heavy(500) * torch.logspace(-3, 4, 500)
+    whole, cut = observed(x), observed(*x.split(size))
+    assert cut.limit > 1000 * observed(x[:size]).limit
+    assert torch.equal(whole.counts, cut.counts)
+
+
 @settings(max_examples=30)
 @given(st.lists(st.floats(-1e6, 1e6, width=32).filter(lambda v: v == 0 or abs(v) > 1e-6), min_size=1, max_size=60))
 def test_every_value_lies_in_the_bin_that_a_loop_finds(values: list[float]) -> None:
