@@ -246,6 +246,7 @@ def user(commands: Commands) -> Commands:
     for name, change in {
         "good": {},
         "labels": {"train.labels": np.full(32, 10)},
+        "fractions": {"train.labels": np.full(32, 0.5)},
         "nan": {"train.pixel_values": broken},
         "empty": none,
         "shape": {"test.pixel_values": np.zeros((8, 3, 8, 8), np.float32)},
@@ -314,6 +315,7 @@ BAD_INPUTS = {
     "missing data": ("data.path=absent.npz", "data.path 'absent.npz' does not exist", "Fix: "),
     "foreign data": ("data.path=text.npz", "text.npz: not a readable .npz file", "Found: "),
     "labels": ("data.path=labels.npz", "32 training label(s) are out of range, the first at sample 0", "Found: 10"),
+    "fractions": ("data.path=fractions.npz", "fractions.npz: train.labels are not class numbers", "Found: float64 of"),
     "nan data": ("data.path=nan.npz", "train.pixel_values has NaN or infinite values", "Fix: clean the data"),
     "no samples": ("data.path=empty.npz", "the training split is empty", "Fix: put samples into data.path"),
     "shapes": ("data.path=shape.npz", "the model refuses the samples of data", "pixel_values (2, 3, 8, 8)"),
@@ -599,10 +601,9 @@ def test_progress_on_a_terminal(finished: Finished):
     import pty
 
     ours, theirs = pty.openpty()
-    command = [*CONSOLE, "condition", "tiny.yaml", "-o", str(finished.folder), "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, cwd=finished.commands.cwd) as process:
-        os.close(theirs)
-        out, _ = process.communicate(timeout=60)
+    attach = f"import os; os.dup2(os.open({os.ttyname(theirs)!r}, os.O_RDWR | os.O_NOCTTY), 2)"
+    result = finished.commands("condition", "tiny.yaml", "-o", finished.folder, "--json", before=attach)
+    os.close(theirs)
     shown = b""
     try:
         while part := os.read(ours, 4096):
@@ -610,6 +611,7 @@ def test_progress_on_a_terminal(finished: Finished):
     except OSError:  # the other side is closed
         pass
     os.close(ours)
-    assert process.returncode == 0
-    assert json.loads(out)["stage"] == "condition"
+    assert result.code == 0
+    assert result.json["stage"] == "condition"
+    assert result.stderr == ""
     assert b"already done" in shown
