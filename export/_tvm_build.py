@@ -233,12 +233,21 @@ def _describe(
             "kernels": {},
             "accumulate": {},
             "storage": _storage(product, stored),
+            "weight_size_bytes": _weight_bytes(product, stored),
             "left_dtype": "int8" if product.left_signed else "uint8",
             "right_dtype": "int8" if product.right_signed else "uint8",
             "note": product.note,
         },
     )
     entry["kernels"][str(batch)] = emitter.kernel_name(product)
+
+
+def _weight_bytes(product: Product, stored: Stored | None) -> int:
+    """Bytes of a quantized weight as the parameters hold it: padded panels, scales and corrections. 0 for others."""
+    if product.declared == "float" or product.right is not None or stored is None:
+        return 0
+    parts = (stored.packed, stored.scale, stored.correction, stored.offset)
+    return sum(part.nbytes for part in parts if part is not None)
 
 
 def _storage(product: Product, stored: Stored | None) -> str:

@@ -113,6 +113,7 @@ class TvmTarget:
             "isa": description["isa"],
             "features": description["features"],
             "tvm": description["tvm"],
+            "weight_size_bytes": sum(op["weight_size_bytes"] for op in description["ops"].values()) or None,
             "notes": [f"{name}: {op['note']}" for name, op in description["ops"].items() if op["note"]],
         }
         if "library" not in files:
