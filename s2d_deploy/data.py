@@ -336,14 +336,6 @@ def _npz(section: DataSection, _size: int | None, _channels: int, _source: str |
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise DataError(message(f"{path}: {split}.{name} has NaN or infinite values", fix="clean the data"))
-        if labels is not None and (labels.is_floating_point() or labels.dim() != 1):
-            raise DataError(
-                message(
-                    f"{path}: {split}.labels are not class numbers",
-                    expected="integers, one for each sample",
-                    found=f"{str(labels.dtype).removeprefix('torch.')} of shape {tuple(labels.shape)}",
-                )
-            )
         splits.append(_in_memory(tensors, None if labels is None else labels.long()))
     inputs = [sorted(next(iter(s.batches(1)), {})) for s in splits]
     if all(inputs) and inputs[0] != inputs[1]:
