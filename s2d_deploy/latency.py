@@ -187,6 +187,7 @@ def measure(
     min_seconds: float,
     max_seconds: float,
     clock: Clock = time.perf_counter_ns,
+    pause: Callable[[], object] | None = None,
     progress: Callable[[str], None] | None = None,
     seed: int = 0,
 ) -> dict[str, LatencyStats]:
@@ -202,6 +203,8 @@ def measure(
     Args:
         candidates: name -> call. A call must return only when its result is there.
         clock: nanoseconds, monotonic.
+        pause: called before each call, outside its sample, e.g. to wait until the worker threads of the candidate
+            before have stopped spinning for more work.
         progress: told after every round in a few words.
         seed: of the order of candidates within the rounds.
 
@@ -230,6 +233,8 @@ def measure(
         end = 0
         for name in order:
             call = candidates[name]
+            if pause is not None:
+                pause()
             begin = clock()
             call()
             end = clock()
