@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2d_deploy.errors import DataError, message
-from s2d_deploy.spectral import Triplets, WeightedLayer, weight_matrix, weighted_layers
+from s2d_deploy.spectral import Part, Triplets, WeightedLayer, parts_of, weight_matrix, weighted_layers, whole
 
 Batch = Mapping[str, Tensor]
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DEFAULT_TOP = 32
 
 
@@ -36,7 +37,7 @@ class Outliers:
 
     Attributes:
         values: float32 [m], A_ij without the bias.
-        channels: int64 [m], i.
+        channels: int64 [m], i; counted from the part's first row.
         inputs: float32 [m, K], x_j (Conv: the unfolded patch of the channel's group).
     """
 
@@ -52,11 +53,22 @@ class OutlierCollector:
         model: its forward passes inside the ``with`` block are watched.
         top: how many outliers each layer keeps.
         layers: module paths; None watches every Linear and Conv.
+        split: pattern -> number of parts (see `spectral.parts_of`); each part keeps its own outliers.
     """
 
-    def __init__(self, model: nn.Module, *, top: int = DEFAULT_TOP, layers: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        top: int = DEFAULT_TOP,
+        layers: list[str] | None = None,
+        split: Mapping[str, int] | None = None,
+    ) -> None:
         self.top = top
         self.layers = weighted_layers(model, layers)
+        self._parts: dict[str, list[Part]] = {name: [] for name in self.layers}
+        for part in parts_of(self.layers, split or {}):
+            self._parts[part.layer].append(part)
         self._kept: dict[str, Outliers] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -73,15 +85,20 @@ class OutlierCollector:
         self._handles.clear()
 
     def outliers(self) -> dict[str, Outliers]:
-        """By layer; a layer that no forward pass reached is absent."""
+        """By part (a layer that is not split is its own); a layer that no forward pass reached is absent."""
         return dict(self._kept)
 
     def _hook(self, name: str) -> Callable[[WeightedLayer, tuple[Any, ...], Tensor], None]:
         def watch(layer: WeightedLayer, args: tuple[Any, ...], output: Tensor) -> None:
             with torch.no_grad():
-                found = _largest(name, layer, args[0], output, self.top)
-                before = self._kept.get(name)
-                self._kept[name] = found if before is None else _merge(before, found, self.top)
+                require_finite_activation(name, "output", output)
+                product = channels_last(layer, output).float()
+                if layer.bias is not None:
+                    product = product - whole(layer.bias.detach()).float()
+                for part in self._parts[name]:
+                    found = _largest(layer, args[0], product, part, self.top)
+                    before = self._kept.get(part.name)
+                    self._kept[part.name] = found if before is None else _merge(before, found, self.top)
 
         return watch
 
@@ -188,7 +205,7 @@ def call_model(model: nn.Module, batch: Batch, **extra: Any) -> Any:
 
 def channels_last(layer: WeightedLayer, output: Tensor) -> Tensor:
     """The layer's output as [samples, positions, N]. Conv positions are flattened; unbatched is one sample."""
-    if not isinstance(layer, nn.Linear):
+    if isinstance(layer, CONVOLUTIONS):
         if output.dim() == len(layer.kernel_size) + 1:
             output = output.unsqueeze(0)
         return output.flatten(2).transpose(1, 2)
@@ -213,21 +230,19 @@ def require_finite_activation(name: str, what: str, tensor: Tensor) -> None:
         )
 
 
-def _largest(name: str, layer: WeightedLayer, x: Tensor, output: Tensor, top: int) -> Outliers:
-    require_finite_activation(name, "output", output)
-    product = channels_last(layer, output).float()
-    if layer.bias is not None:
-        product = product - layer.bias.detach().float()
-    positions, width = product.shape[1:]
-    flat = product.reshape(-1)
+def _largest(layer: WeightedLayer, x: Tensor, product: Tensor, part: Part, top: int) -> Outliers:
+    """The largest of the part's columns of the layer's output without its bias, [samples, positions, N]."""
+    rows = part.rows(product.shape[-1])
+    positions, width = product.shape[1], rows.stop - rows.start
+    flat = product[..., rows].reshape(-1)
     index = _top_index(flat, top)
-    rows, channels = index // width, index % width
-    return Outliers(flat[index], channels, _inputs(layer, x.detach(), rows, channels, positions))
+    places, channels = index // width, index % width
+    return Outliers(flat[index], channels, _inputs(layer, x.detach(), places, channels + rows.start, positions))
 
 
 def _inputs(layer: WeightedLayer, x: Tensor, rows: Tensor, channels: Tensor, positions: int) -> Tensor:
     """x_j of each (row, channel): float32 [m, K]."""
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, CONVOLUTIONS):
         return x.reshape(-1, x.shape[-1])[rows].float()
     spatial = len(layer.kernel_size)
     x = x.unsqueeze(0) if x.dim() == spatial + 1 else x

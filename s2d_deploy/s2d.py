@@ -17,18 +17,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2d_deploy.errors import ModelError, RecipeError, message
-from s2d_deploy.pcdr import DEFAULT_TOP, Batch, OutlierCollector, forward_batches, pcdr, smallest_k
+from s2d_deploy.pcdr import Batch, OutlierCollector, Outliers, forward_batches, pcdr, smallest_k
+from s2d_deploy.s2d_config import Application, S2DConfig
+from s2d_deploy.sharding import add_low_rank, bare, gathered, processes, reshard
 from s2d_deploy.spectral import (
+    BATCH_BYTES,
     Triplets,
     WeightedLayer,
+    is_transposed,
+    parts_of,
+    refreshed_triplets,
     require_finite_weights,
     residual,
     top_triplets,
@@ -38,66 +44,8 @@ from s2d_deploy.spectral import (
 
 log = logging.getLogger(__name__)
 
-Application = Literal["coupled", "decoupled"]
 # A decoupled step takes at most this share of a singular value, whatever lr * factor * s^(n-1) says.
 MAX_SHRINK = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class S2DConfig:
-    """What to press, how hard, how often to look again. Defaults: the paper's, except `application`.
-
-    Attributes:
-        n: exponent of the decay, 1 to 8; 1 is ordinary weight decay on the chosen triplets.
-        weight_decay: lambda of the coupled penalty, 0 <= lambda < 1.
-        tau: PCDR from which on a layer is flagged, in (0, 1].
-        k_max: largest number of triplets that may be pressed, 1 to 64.
-        refresh_every: steps between refreshes of triplets and selection.
-        application: "coupled" (loss gradient) or "decoupled" (beside the optimizer).
-        decoupled_factor: strength of the decoupled decay relative to the learning rate.
-        refresh_drift: refresh earlier when the cached triplets' residual exceeds this; None: only by count.
-        outliers: how many of a layer's largest activations PCDR is averaged over.
-
-    Raises:
-        RecipeError: names every value out of range.
-    """
-
-    n: float = 2
-    weight_decay: float = 5e-4
-    tau: float = 0.95
-    k_max: int = 3
-    refresh_every: int = 100
-    application: Application = "decoupled"
-    decoupled_factor: float = 10.0
-    refresh_drift: float | None = None
-    outliers: int = DEFAULT_TOP
-
-    def __post_init__(self) -> None:
-        drift = self.refresh_drift
-        checks = [
-            ("n", _within(self.n, 1, 8), "a number from 1 to 8"),
-            ("weight_decay", _within(self.weight_decay, 0, 1) and self.weight_decay < 1, "a number in [0, 1)"),
-            ("tau", _within(self.tau, 0, 1) and self.tau > 0, "a number in (0, 1]"),
-            ("k_max", _whole(self.k_max, 1, 64), "a whole number from 1 to 64"),
-            ("refresh_every", _whole(self.refresh_every, 1, 10**9), "a whole number of steps, at least 1"),
-            ("application", self.application in ("coupled", "decoupled"), "'coupled' or 'decoupled'"),
-            ("decoupled_factor", _within(self.decoupled_factor, 0, 1e6), "a number from 0 to 1e6"),
-            ("refresh_drift", drift is None or (_within(drift, 0, 1) and drift > 0), "a number in (0, 1], or nothing"),
-            ("outliers", _whole(self.outliers, 1, 100_000), "a whole number, at least 1"),
-        ]
-        wrong = [(name, expected) for name, good, expected in checks if not good]
-        if wrong:
-            raise RecipeError(
-                message(
-                    f"S2D: {', '.join(name for name, _ in wrong)} out of range",
-                    expected="; ".join(f"{name}: {expected}" for name, expected in wrong),
-                    found="; ".join(f"{name}={getattr(self, name)!r}" for name, _ in wrong),
-                )
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values by name."""
-        return asdict(self)
 
 
 def penalty(singular: Tensor, n: float, weight_decay: float) -> Tensor:
@@ -136,40 +84,81 @@ class Refresh:
 class S2D:
     """Selective spectral decay of one model during training.
 
-    Call `select` once, then in every step ``backward(); before_step(); optimizer.step(); after_step(lr)``.
+    With the optimizer given, it acts by itself in every ``optimizer.step()``:
+
+        s2d = S2D(model, S2DConfig(), optimizer=optimizer)
+        s2d.select(calibration_batches)
+
+    Without, call in every step ``backward(); before_step(); optimizer.step(); after_step(lr)``.
+
+    With a process group (DDP, FSDP2) every process must make the same calls with the same calibration data. Each
+    decomposes its share of the layers and all get the same result; a sharded weight is gathered for it, and changed
+    shard by shard. Make it after the model is wrapped.
 
     Args:
         model: trained in place.
         config: strength and rhythm.
         layers: module paths that may be flagged; None: every Linear and Conv. Frozen weights
-            (``requires_grad=False``) are never touched. Layers that share one weight are pressed once.
+            (``requires_grad=False``), and with `optimizer` those that it does not train, are never touched. Layers
+            that share one weight are pressed once.
+        optimizer: trains the model; the learning rate of each weight's own group is used.
 
     Raises:
-        ModelError: an unknown layer.
+        ModelError: an unknown layer, or rows that `config.split` cannot share out.
+        RecipeError: a pattern in `config.split` matches no layer.
     """
 
-    def __init__(self, model: nn.Module, config: S2DConfig, layers: list[str] | None = None) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        config: S2DConfig,
+        layers: list[str] | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self.model = bare(model)
         self.config = config
-        self.layers = {n: m for n, m in weighted_layers(model, layers).items() if m.weight.requires_grad}
-        owners: dict[int, str] = {}
+        self._optimizer = None if optimizer is None else _innermost(optimizer)
+        trained = (
+            None if self._optimizer is None else {id(p) for g in self._optimizer.param_groups for p in g["params"]}
+        )
+        self.layers = {
+            name: layer
+            for name, layer in weighted_layers(self.model, layers).items()
+            if layer.weight.requires_grad and (trained is None or id(layer.weight) in trained)
+        }
+        self.parts = {part.name: part for part in parts_of(self.layers, config.split)}
+        owners: dict[tuple[int, int, int], str] = {}
         # The first layer that holds a weight speaks for all that share it: name -> owner's name.
-        self._owner = {name: owners.setdefault(id(layer.weight), name) for name, layer in self.layers.items()}
+        self._owner = {
+            name: owners.setdefault((id(self.layers[part.layer].weight), part.index, part.count), name)
+            for name, part in self.parts.items()
+        }
         self._calibration: Sequence[Batch] | None = None
         self._triplets: dict[str, Triplets] = {}
+        self._largest: dict[str, float] = {}
         self._k_target: dict[str, int] = {}
         self.selections: dict[str, Selection] = {}
         self.refreshes: list[Refresh] = []
         self.step = 0
         self._warned: set[str] = set()
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        if self._optimizer is not None:
+            self._attach(self._optimizer)
+        coarse = sorted({str(m.weight.dtype) for m in self.layers.values()} - {"torch.float32", "torch.float64"})
+        if coarse:
+            log.warning(
+                "weights in %s: a step of S2D can be lost in rounding; keep them in float32, and use autocast",
+                ", ".join(coarse),
+            )
 
     @property
     def flagged(self) -> dict[str, int]:
-        """k_target of every weight that is being pressed, by the name of the first layer that holds it."""
+        """k_target of every weight (or part) that is being pressed, by the name of the first layer that holds it."""
         return {name: k for name, k in self._k_target.items() if k > 0}
 
     def triplets(self, name: str) -> Triplets:
-        """The cached top k_max triplets of layer `name`."""
+        """The cached top k_max triplets of layer (or part) `name`."""
         return self._triplets[self._owner[name]]
 
     def select(self, batches: Iterable[Batch]) -> list[Selection]:
@@ -197,17 +186,21 @@ class S2D:
         """
         if not self.refreshes:
             raise ModelError(message("S2D has not chosen its layers yet", fix="call select(batches) before training"))
-        if self.step > self.refreshes[-1].step:
+        since = self.step - self.refreshes[-1].step
+        if since > 0:
+            limit = self.config.refresh_drift
             if self.step % self.config.refresh_every == 0:
                 self._refresh("count")
-            elif self.config.refresh_drift is not None and self.drift() > self.config.refresh_drift:
+            elif limit is not None and since % self.config.drift_every == 0 and self.drift() > limit:
                 self._refresh("drift")
         if self.config.application == "coupled":
             for name, k in self.flagged.items():
-                weight = self.layers[name].weight
-                gradient = penalty_gradient(self._triplets[name].top(k), self.config.n, self.config.weight_decay)
-                gradient = gradient.reshape(weight.shape).to(weight.dtype)
-                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+                part, kept = self.parts[name], self._triplets[name].top(k)
+                layer = self.layers[part.layer]
+                if layer.weight.grad is None:
+                    layer.weight.grad = torch.zeros_like(layer.weight)
+                left = kept.U * kept.S.pow(self.config.n)
+                add_low_rank(layer.weight.grad, layer, part, left, kept.V, self.config.weight_decay)
 
     def after_step(self, lr: float) -> None:
         """After the optimizer's step. Decoupled: ``W -= lr * factor * U S^n V^T`` on the flagged triplets.
@@ -215,10 +208,13 @@ class S2D:
         Args:
             lr: the learning rate of this step.
         """
-        if self.config.application == "decoupled":
-            for name, k in self.flagged.items():
-                self._shrink(name, k, lr)
-        self.step += 1
+        self._after_step(lambda _: lr)
+
+    def detach(self) -> None:
+        """Leave the optimizer alone from now on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def penalty(self) -> float:
         """The penalty's value over the flagged triplets, from the cached singular values."""
@@ -230,13 +226,15 @@ class S2D:
 
     def drift(self) -> float:
         """The largest residual of the cached triplets that are being pressed (see `spectral.residual`)."""
-        return max(
-            (
-                residual(weight_matrix(self.layers[name]), self._triplets[name].top(k))
-                for name, k in self.flagged.items()
-            ),
-            default=0.0,
-        )
+        names, (rank, world) = list(self.flagged), processes()
+        worst = {"0": 0.0}
+        for number, name in enumerate(names):
+            matrix = self._matrix(name)
+            if number % world == rank:
+                worst[str(rank)] = max(
+                    worst.get(str(rank), 0.0), residual(matrix, self._triplets[name].top(self._k_target[name]))
+                )
+        return max(gathered(worst).values())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the calibration data: tensors and plain values, fit for ``torch.save``."""
@@ -269,20 +267,27 @@ class S2D:
                     found=", ".join(f"{key}={getattr(self.config, key)!r}" for key in differing),
                 )
             )
-        unknown = sorted(set(state["triplets"]) - set(self.layers))
+        unknown = sorted(set(state["triplets"]) - set(self.parts))
         if unknown:
             raise ModelError(message(f"the S2D state names layers that the model has not: {', '.join(unknown)}"))
         if batches is not None:
             self._calibration = batches if isinstance(batches, Sequence) else list(batches)
         if self._calibration is None:
             raise ModelError(message("S2D cannot refresh without calibration data", fix="pass batches"))
-        device = {name: self.layers[name].weight.device for name in state["triplets"]}
+        misfit = [
+            f"{name} {[len(t['U']), len(t['V'])]}"
+            for name, t in state["triplets"].items()
+            if (len(t["U"]), len(t["V"])) != self._shape(name)
+        ]
+        if misfit:
+            raise ModelError(message(f"the S2D state is of another model: {', '.join(misfit)} does not fit its layer"))
         self.step = int(state["step"])
         self._k_target = dict(state["k_target"])
         self._triplets = {
-            name: Triplets(*(t[key].detach().clone().to(device[name]) for key in ("U", "S", "V")))
+            name: Triplets(*(t[key].detach().clone().to(self._device(name)) for key in ("U", "S", "V")))
             for name, t in state["triplets"].items()
         }
+        self._largest = {name: float(t.S[0]) for name, t in self._triplets.items()}
         self.selections = {name: Selection(name, tuple(r), k) for name, r, k in state["selections"]}
         self.refreshes = [Refresh(*entry) for entry in state["refreshes"]]
 
@@ -291,33 +296,100 @@ class S2D:
             raise ModelError(message("S2D cannot refresh without calibration data", fix="call select(batches)"))
         drift = self.drift()
         require_finite_weights(self.layers)
-        with OutlierCollector(self.model, top=self.config.outliers, layers=list(self.layers)) as collector:
-            forward_batches(self.model, self._calibration)
-        self.selections, self._k_target = {}, {}
-        fresh: dict[str, Triplets] = {}
-        for name, outliers in collector.outliers().items():
+        limit = self.config.refresh_batches if self.refreshes else None
+        batches = self._calibration if limit is None else self._calibration[:: -(-len(self._calibration) // limit)]
+        config, names = self.config, list(self.layers)
+        with OutlierCollector(self.model, top=config.outliers, layers=names, split=config.split) as collector:
+            forward_batches(self.model, batches)
+        reshard(self.model)
+        fresh, ratios = self._decompose(collector.outliers())
+        self._triplets, self._k_target = fresh, {}
+        self._largest = {name: float(t.S[0]) for name, t in fresh.items()}
+        self.selections = {}
+        for name in self.parts:
+            if name not in ratios:
+                continue
             owner = self._owner[name]
-            matrix = weight_matrix(self.layers[owner])
-            if owner not in fresh:
-                old = self._triplets.get(owner)
-                fresh[owner] = top_triplets(matrix, self.config.k_max, warm=None if old is None else old.V)
-            ratios = pcdr(matrix, fresh[owner], outliers)
-            k = smallest_k(ratios, self.config.tau, min(matrix.shape))
-            self.selections[name] = Selection(name, tuple(ratios), k)
+            k = smallest_k(ratios[name], self.config.tau, min(self._shape(owner)))
+            self.selections[name] = Selection(name, tuple(ratios[name]), k)
             known = self._k_target.get(owner, 0)
             # Of several layers that share a weight, the one that needs the fewest triplets decides.
             self._k_target[owner] = min(k, known) if k and known else max(k, known)
-        self.selections = {name: self.selections[name] for name in self.layers if name in self.selections}
-        self._triplets = fresh
         self.refreshes.append(Refresh(self.step, reason, drift))
-        log.info("S2D step %d (%s): %d of %d layers flagged", self.step, reason, len(self.flagged), len(self.layers))
+        log.info("S2D step %d (%s): %d of %d matrices flagged", self.step, reason, len(self.flagged), len(self.parts))
+
+    def _decompose(self, outliers: dict[str, Outliers]) -> tuple[dict[str, Triplets], dict[str, list[float]]]:
+        """Triplets by owner and PCDR by name. Every process gathers each matrix, and decomposes its share of them."""
+        rank, world = processes()
+        reached = [name for name in self.parts if name in outliers]
+        users: dict[str, list[str]] = {}
+        for name in reached:
+            users.setdefault(self._owner[name], []).append(name)
+        shapes: dict[tuple[int, int], list[str]] = {}
+        for owner in users:
+            shapes.setdefault(self._shape(owner), []).append(owner)
+        mine: dict[str, Any] = {}
+        for (n, k), owners in shapes.items():
+            room = max(1, BATCH_BYTES // (4 * n * k)) * world
+            for start in range(0, len(owners), room):
+                matrices = [self._matrix(owner) for owner in owners[start : start + room]]
+                share = [i for i in range(len(matrices)) if i % world == rank]
+                found = self._triplets_of([matrices[i] for i in share], [owners[start + i] for i in share])
+                for i, triplets in zip(share, found, strict=True):
+                    owner = owners[start + i]
+                    ratios = {name: pcdr(matrices[i], triplets, outliers[name]) for name in users[owner]}
+                    sides = (triplets.U, triplets.S, triplets.V)
+                    mine[owner] = ([side.cpu() for side in sides] if world > 1 else sides, ratios)
+        every = gathered(mine)
+        fresh = {owner: Triplets(*(side.to(self._device(owner)) for side in every[owner][0])) for owner in users}
+        return fresh, {name: ratios for owner in users for name, ratios in every[owner][1].items()}
+
+    def _triplets_of(self, matrices: list[Tensor], owners: list[str]) -> list[Triplets]:
+        k = self.config.k_max
+        if not self.refreshes:  # the first time with proof; later ones are corrected by the next
+            return [top_triplets(matrix, k) for matrix in matrices]
+        old = [self._triplets.get(owner) for owner in owners]
+        return refreshed_triplets(matrices, k, [None if t is None else t.V for t in old])
+
+    def _matrix(self, name: str) -> Tensor:
+        """The part's matrix, float32 [N, K]. Collective where the weight is sharded."""
+        part = self.parts[name]
+        matrix = weight_matrix(self.layers[part.layer])
+        return matrix[part.rows(matrix.shape[0])]
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        part = self.parts[name]
+        layer = self.layers[part.layer]
+        n, *rest = layer.weight.shape if not is_transposed(layer) else reversed(layer.weight.shape)
+        return n // part.count, math.prod(rest)
+
+    def _device(self, name: str) -> torch.device:
+        device: torch.device = self.layers[self.parts[name].layer].weight.device
+        return device
+
+    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        def before(*_: Any) -> None:
+            self.before_step()
+
+        def after(*_: Any) -> None:
+            rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+            self._after_step(lambda weight: rates[id(weight)])
+
+        self._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+    def _after_step(self, rate: Callable[[Tensor], float]) -> None:
+        if self.config.application == "decoupled":
+            for name, k in self.flagged.items():
+                self._shrink(name, k, rate(self.layers[self.parts[name].layer].weight))
+        self.step += 1
 
     def _shrink(self, name: str, k: int, lr: float) -> None:
-        weight, cached = self.layers[name].weight, self._triplets[name]
-        singular = cached.S[:k]
-        wanted = lr * self.config.decoupled_factor * singular.pow(self.config.n)
-        taken = torch.minimum(wanted, MAX_SHRINK * singular)
-        if name not in self._warned and bool((taken < wanted).any()):
+        part, cached = self.parts[name], self._triplets[name]
+        layer, singular = self.layers[part.layer], cached.S[:k]
+        strength = lr * self.config.decoupled_factor
+        taken = torch.minimum(strength * singular.pow(self.config.n), MAX_SHRINK * singular)
+        # Judged by the largest singular value at the last refresh, on the host: asking the device would wait for it.
+        if name not in self._warned and strength * self._largest[name] ** (self.config.n - 1) > MAX_SHRINK:
             self._warned.add(name)
             log.warning(
                 "layer %r: lr * decoupled_factor * s^(n-1) exceeds %s, the step is limited to that share of s; "
@@ -325,22 +397,27 @@ class S2D:
                 name,
                 MAX_SHRINK,
             )
-        with torch.no_grad():
-            step = (cached.U[:, :k] * taken) @ cached.V[:, :k].T
-            weight.sub_(step.reshape(weight.shape).to(weight.dtype))
+        add_low_rank(layer.weight, layer, part, cached.U[:, :k] * taken, cached.V[:, :k], -1.0)
         remaining = cached.S.clone()
         remaining[:k] -= taken
         self._triplets[name] = Triplets(cached.U, remaining, cached.V)
 
 
-def _within(value: object, low: float, high: float) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) and low <= value <= high
+def _innermost(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside wrappers such as Accelerate's: the one whose step really is taken."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    found: torch.optim.Optimizer = optimizer
+    return found
 
 
-def _whole(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-__all__ = ["S2D", "Refresh", "S2DConfig", "Selection", "WeightedLayer", "penalty", "penalty_gradient"]
+__all__ = [
+    "S2D",
+    "Application",
+    "Refresh",
+    "S2DConfig",
+    "Selection",
+    "WeightedLayer",
+    "penalty",
+    "penalty_gradient",
+]

@@ -48,7 +48,7 @@ def test_large_matrices_match_the_svd(n: int, k: int, kind: str) -> None:
 def test_the_iteration_itself_answers_and_agrees_with_the_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(400, 600, generator=torch.Generator().manual_seed(3)) + with_spectrum(400, 600, [200.0, 150.0])
     u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    found = spectral._block_krylov(w, 2, None)
+    found = spectral._block_krylov(w[None], 2, None, spectral.RESIDUAL, spectral.DEPTH)[0]
     assert found is not None
     assert_triplets(w, found, 2)
     exact = (u[:, :2] * s[:2] ** 2) @ vh[:2]
@@ -74,7 +74,7 @@ def test_the_certificate_finds_a_missing_triplet() -> None:
 def test_no_convergence_falls_back_to_the_svd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spectral, "MAX_RESTARTS", 0)
     w = torch.randn(300, 310, generator=torch.Generator().manual_seed(1))
-    assert spectral._block_krylov(w, 3, None) is None
+    assert spectral._block_krylov(w[None], 3, None, spectral.RESIDUAL, spectral.DEPTH) == [None]
     assert_triplets(w, top_triplets(w, 3), 3)
 
 
