@@ -132,21 +132,23 @@ class Bench:
         from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
 
         shape = self.shape
-        common = {
+        common: dict[str, Any] = {
             "hidden_size": shape.width,
             "num_hidden_layers": shape.depth,
             "num_attention_heads": shape.heads,
             "intermediate_size": 4 * shape.width,
         }
         torch.manual_seed(_WEIGHT_SEED)
-        module: torch.nn.Module
+        module: Any
         if shape.family == "vit":
             config = ViTConfig(image_size=shape.image_size, patch_size=PATCH, num_labels=1000, **common)
             module = ViTForImageClassification(config)
         else:
             positions = max(512, shape.tokens)
             module = BertModel(BertConfig(max_position_embeddings=positions, **common), add_pooling_layer=False)
-        return module.float().eval()
+        module.eval()
+        found: torch.nn.Module = module
+        return found
 
     def batch(self, samples: int, seed: int = _INPUT_SEED) -> dict[str, torch.Tensor]:
         """Random inputs: standard normal pixels, or tokens drawn evenly, none of them padding."""

@@ -14,10 +14,11 @@ where they profit from them, and the same random calibration inputs. A peer that
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -211,9 +212,9 @@ def _torch(name: str, bench: Bench, batch: int, threads: int) -> Peer:
 
     # Our own attention is made to be watched and exported; the peer gets the one that PyTorch is fast with.
     # A copy of the config as well: the implementation is set there, and the original is still to be exported.
-    module = type(bench.module)(copy.deepcopy(bench.module.config), **_pooling(bench))
+    module: Any = type(bench.module)(copy.deepcopy(bench.module.config), **_pooling(bench))
     module.load_state_dict(bench.module.state_dict())
-    module = module.float().eval()
+    module.eval()
     module.set_attn_implementation("sdpa")
     inputs = bench.batch(batch)
     how = "FP32, inference mode, SDPA"
@@ -244,11 +245,11 @@ def _pooling(bench: Bench) -> dict[str, bool]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Peers log and warn at length while they quantize; errors still come through."""
+    """Peers log, warn and draw bars while they quantize; errors still come through."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -57,9 +57,9 @@ def figures(report: Mapping[str, Any]) -> list[Figure]:
         name, metric = f"{row['target']} {row['precision']}", row.get("metric") or {}
         measured, floating, simulated = (metric.get(k) for k in ("measured", "float", "simulated"))
         if row["precision"] == "w8a8":
-            drop = None if None in (measured, floating) else abs(floating - measured)
+            drop = None if measured is None or floating is None else abs(floating - measured)
             made.append(at_most(f"{name}: points from float", drop, W8A8_POINTS, f"n = {metric.get('n')}"))
-        gap = None if None in (measured, simulated) else abs(simulated - measured)
+        gap = None if measured is None or simulated is None else abs(simulated - measured)
         made.append(at_most(f"{name}: points from the simulation", gap, GAP_POINTS))
     for target in EXACT_TARGETS:
         for precision in EXACT_PRECISIONS:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from s2d_deploy.session import Array
 
 TARGETS = ("ort", "tvm")
+LEAST_RUNS = 30  # a ratio of fewer rounds decides nothing
 # A float candidate further than this from torch's float output computes something else: fast and wrong is no speed.
 _FLOAT_SNR_DB = 60.0
 
@@ -86,6 +87,8 @@ def judge(limit: Limit, stats: Mapping[str, LatencyStats], wrong: Mapping[str, s
     note = f"95 % interval {r.lo:.3f} to {r.hi:.3f}"
     doubts = [f"{n} is wrong: {wrong[n]}" for n in (limit.candidate, limit.baseline) if n in wrong]
     doubts += [f"{n} is not stable: {stats[n].note}" for n in (limit.candidate, limit.baseline) if not stats[n].stable]
+    if len(stats[limit.candidate].samples_ns) < LEAST_RUNS:
+        doubts.append(f"{len(stats[limit.candidate].samples_ns)} rounds, fewer than {LEAST_RUNS}")
     if doubts:
         return Figure(name, r.median, limit.value, "undecided", "; ".join([note, *doubts]))
     if r.hi <= limit.value:
@@ -225,7 +228,7 @@ def latency_rows(
     """The table of latencies; `macs` of a whole batch, `peaks` in GMAC/s by kind."""
     from _peak import gmacs, share_of_peak
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for c in candidates:
         s = stats[c.name]
         snr = c.about.get("snr_db")
