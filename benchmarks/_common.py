@@ -135,7 +135,7 @@ class Record:
 def busy_cores(seconds: float = _BUSY_WINDOW_SECONDS) -> float:
     """How many cores other processes used during the last `seconds`, waited for here; 0 where unknown."""
     try:
-        import psutil
+        import psutil  # type: ignore[import-untyped]
 
         mine = sum(os.times()[:2])
         percent = psutil.cpu_percent(interval=seconds)

@@ -141,7 +141,7 @@ class Bench:
         torch.manual_seed(_WEIGHT_SEED)
         module: Any
         if shape.family == "vit":
-            config = ViTConfig(image_size=shape.image_size, patch_size=PATCH, num_labels=1000, **common)
+            config = ViTConfig(image_size=shape.image_size, patch_size=PATCH, **(common | {"num_labels": 1000}))
             module = ViTForImageClassification(config)
         else:
             positions = max(512, shape.tokens)
