@@ -159,7 +159,8 @@ class Bench:
             side = self.shape.image_size
             return {"pixel_values": torch.randn(samples, 3, side, side, generator=generator)}
         ids = torch.randint(0, 30522, (samples, self.shape.tokens), generator=generator)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        # What the model's own tokenizer returns.
+        return {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": torch.ones_like(ids)}
 
     def feeds(self, samples: int) -> dict[str, Array]:
         """The inputs that are timed, as arrays."""
@@ -205,15 +206,9 @@ class Bench:
         def work(folder: Path) -> dict[str, Any]:
             plan = self.plan(precision)
             plan.save(folder)
-            dynamic = {"input_ids": {1: "sequence"}, "attention_mask": {1: "sequence"}}
-            load_exporter()(
-                self.module,
-                plan,
-                self.batch(2),
-                [self.output],
-                folder / "model.onnx",
-                dynamic=dynamic if self.shape.family == "bert" else {},
-            )
+            sample = self.batch(2)
+            dynamic = {name: {1: "sequence"} for name in sample} if self.shape.family == "bert" else {}
+            load_exporter()(self.module, plan, sample, [self.output], folder / "model.onnx", dynamic=dynamic)
             return {}
 
         return self.store.run(f"onnx/{precision}", self._key() | {"precision": precision}, work)

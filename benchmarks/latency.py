@@ -14,6 +14,7 @@ every call starts with sleeping workers, as it does where a service answers one 
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from s2d_deploy.latency import LatencyStats, Ratio
     from s2d_deploy.session import Array
 
+log = logging.getLogger(__name__)
 TARGETS = ("ort", "tvm")
 LEAST_RUNS = 30  # a ratio of fewer rounds decides nothing
 # A float candidate further than this from torch's float output computes something else: fast and wrong is no speed.
@@ -141,13 +143,16 @@ def arguments_parser() -> argparse.ArgumentParser:
     return made
 
 
-def prepare(bench: Bench, chosen: argparse.Namespace, stack: ExitStack) -> tuple[list[Candidate], dict[str, str]]:
-    """Build and load every candidate; those that cannot be had, with the reason."""
+def prepare(
+    bench: Bench, chosen: argparse.Namespace, stack: ExitStack
+) -> tuple[list[Candidate], dict[str, str], list[Figure]]:
+    """Build and load every candidate; reasons of those that cannot be had; a failed figure for each that breaks."""
     from _peers import expand, make_peer
 
     peers = expand(chosen.peers)
     found: list[Candidate] = []
     unavailable: dict[str, str] = {}
+    broken: list[Figure] = []
     wanted: list[tuple[str, Callable[[], Candidate]]] = [
         (f"{target}-{precision}", lambda t=target, p=precision: _ours(bench, t, p, chosen, stack))  # type: ignore[misc]
         for target in chosen.targets
@@ -171,11 +176,16 @@ def prepare(bench: Bench, chosen: argparse.Namespace, stack: ExitStack) -> tuple
         except (UnavailableError, UnsupportedError) as error:
             unavailable[name] = str(error)
             print(f"  {name}: unavailable: {error}")
+        except Exception as error:  # a compiler or a peer may fail in its own way; the others are measured all the same
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            log.debug("%s broke", name, exc_info=error)
+            broken.append(Figure(f"{name} can be built and run", None, None, "fail", why))
+            print(f"  {name}: BROKEN: {why}")
         else:
             print(f"  {name}: ready after {time.perf_counter() - begin:.1f} s", flush=True)
     if not found:
         raise RecipeError(message("nothing to measure", expected="at least one candidate that is available"))
-    return found, unavailable
+    return found, unavailable, broken
 
 
 def _ours(bench: Bench, target: str, precision: str, chosen: argparse.Namespace, stack: ExitStack) -> Candidate:
@@ -281,7 +291,7 @@ def run(chosen: argparse.Namespace) -> int:
             f"{macs / 1e9:.2f} GMAC; at the INT8 peak {floor:.2f} ms\n"
             "random weights and inputs: latency only, accuracy means nothing here\n"
         )
-        candidates, unavailable = prepare(bench, chosen, stack)
+        candidates, unavailable, broken = prepare(bench, chosen, stack)
         wrong = check_outputs(bench, candidates, chosen.batch)
         for name, why in wrong.items():
             print(f"  {name}: WRONG: {why}")
@@ -298,7 +308,7 @@ def run(chosen: argparse.Namespace) -> int:
         print("\n" + table(LATENCY_HEADER, latency_rows(candidates, stats, macs, by_kind)))
         print("\n" + _ratio_table(ours, by_baseline))
         print()
-        figures = [judge(limit, stats, wrong) for limit in chosen.limit]
+        figures = [*broken, *(judge(limit, stats, wrong) for limit in chosen.limit)]
         for name, s in stats.items():
             if s.note:
                 print(f"note: {name}: {s.note}")

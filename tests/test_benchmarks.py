@@ -306,6 +306,23 @@ def test_a_peer_that_is_not_installed_is_unavailable(monkeypatch: pytest.MonkeyP
         _peers.make_peer("ort-static", None, 1, 1)
 
 
+def test_a_candidate_that_breaks_is_a_failed_figure_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(name: str, *_: object) -> Any:
+        if name == "ort-static":
+            raise ValueError("cannot\n reshape")
+        return _peers.Peer(lambda: None, "fp32", "how")
+
+    monkeypatch.setattr(_peers, "make_peer", make)
+    chosen = latency.arguments_parser().parse_args(["--targets", "", "--peers", "ort-static,torch-eager"])
+    with latency.ExitStack() as stack:
+        found, unavailable, broken = latency.prepare(None, chosen, stack)
+    assert ([c.name for c in found], unavailable) == (["torch-eager"], {})
+    assert broken == [Figure("ort-static can be built and run", None, None, "fail", "ValueError: cannot reshape")]
+    assert "ort-static: BROKEN: ValueError: cannot reshape" in capsys.readouterr().out
+
+
 def test_the_ort_figure_is_for_wide_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert ort_w4a4.main(["--model", "vit-tiny"]) == 2
     assert "Expected: a ViT of width 384 or more" in capsys.readouterr().err
