@@ -98,6 +98,7 @@ class TvmTarget:
         from ._tvm_build import compile_model, require_compiler
 
         require_compiler()
+        folder.mkdir(parents=True, exist_ok=True)
         built = compile_model(load_model(dialect), batches, sizes, device, progress)
         progress("TVM: linking")
         files = _link(built.executable, folder, built.description["target"])
@@ -161,10 +162,12 @@ def _link(executable: Any, folder: Path, target: Mapping[str, Any]) -> dict[str,
         # Without symbol tables: they weigh more than the code.
         executable.export_library(str(folder / LIBRARY), options=["-s"])
     except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        reason = next((line for line in lines if "error" in line or "cannot" in line), lines[-1])
         raise RuntimeUnavailable(
             message(
                 f"the linker refused TVM's object file for {dict(target)}",
-                found=str(error).strip().splitlines()[-1],
+                found=reason.strip(),
                 fix="set CXX to a compiler for that target",
             )
         ) from error
