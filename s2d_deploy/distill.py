@@ -2,7 +2,8 @@
 
 The loss is the mean over all output and hidden-state tensors of MSE(student, teacher) / Var(teacher):
 each tensor counts by its relative error, whatever its scale. 0 means equal; 1 is as bad as answering
-with the mean. Where a batch carries an attention mask, padded tokens are left out.
+with the mean. Where a batch carries an attention mask, padded tokens are left out. Under a process group the
+means and the variance are those of all processes' samples together, as if one process had seen them all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from s2d_deploy.errors import ModelError, message
 from s2d_deploy.pcdr import Batch, call_model
+from s2d_deploy.sharding import bare, processes
 
 # Not results to imitate: the loss itself, caches, and attention maps.
 SKIPPED = frozenset({"loss", "past_key_values", "attentions", "cross_attentions"})
@@ -42,6 +44,7 @@ def output_tensors(output: Any) -> list[tuple[str, Tensor]]:
 
 def gives_hidden_states(model: nn.Module) -> bool:
     """Whether ``model(..., output_hidden_states=True)`` is understood."""
+    model = bare(model)
     if "output_hidden_states" in inspect.signature(model.forward).parameters:
         return True
     # Recent transformers take it through **kwargs; every pretrained model's config carries the switch.
@@ -65,6 +68,9 @@ def distillation_loss(
         teacher: the same names and shapes; no gradient goes there.
         mask: attention mask [B, T]; applied to tensors of shape [B, T, ...].
 
+    Returns:
+        The loss; of several processes, one whose mean over them is the loss of all samples, as DDP averages gradients.
+
     Raises:
         ModelError: the two do not match, or there is no floating-point output.
     """
@@ -83,9 +89,25 @@ def distillation_loss(
         if mask is not None and target.dim() == 3 and target.shape[:2] == mask.shape:
             kept = mask.to(device=target.device, dtype=torch.bool)
             error, target = error[kept], target[kept]
+        if processes()[1] > 1:
+            parts.append(_share(error, target))
+            continue
         # The floor only guards a constant teacher tensor, where there is no scale to compare with.
         parts.append(error.mean() / target.var(unbiased=False).clamp_min(1e-12))
     return torch.stack(parts).mean()
+
+
+def _share(error: Tensor, target: Tensor) -> Tensor:
+    """This process's share of MSE / variance over all processes, times their number."""
+    values = target.double()
+    count = torch.tensor(float(target.numel()), dtype=torch.float64, device=target.device)
+    sums = torch.stack([count, values.sum()])
+    torch.distributed.all_reduce(sums)
+    mean = sums[1] / sums[0]
+    spread = (values - mean).square().sum()
+    torch.distributed.all_reduce(spread)
+    scale = sums[0] * (spread / sums[0]).clamp_min(1e-12)
+    return error.sum() * (processes()[1] / scale).to(error.dtype)
 
 
 def _walk(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:

@@ -234,7 +234,7 @@ class S2D:
                 worst[str(rank)] = max(
                     worst.get(str(rank), 0.0), residual(matrix, self._triplets[name].top(self._k_target[name]))
                 )
-        return max(gathered(worst).values())
+        return float(max(gathered(worst).values()))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the calibration data: tensors and plain values, fit for ``torch.save``."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from s2d_deploy import condition as condition_module
+from s2d_deploy import checkpointing
 from s2d_deploy.condition import condition, learning_rate
 from s2d_deploy.distill import distillation_loss, gives_hidden_states, output_tensors
 from s2d_deploy.errors import ArtifactError, DataError, ModelError, RecipeError, StageError
@@ -169,7 +169,7 @@ def test_a_foreign_or_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "folder.pt"
     (folder / "inside").mkdir(parents=True)
     with pytest.raises(StageError, match=r"folder.pt cannot be written"):
-        condition_module._save(folder, {"fingerprint": ""})
+        checkpointing.save(folder, {"fingerprint": ""})
     assert not (tmp_path / "folder.pt.part").exists()
 
 
