@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from s2d_deploy.errors import RecipeError, message
+from s2d_deploy.files import sha256_file
 from s2d_deploy.host import cpu_model, versions
 from s2d_deploy.precision import BASELINE
 from s2d_deploy.registry import load_exporter, load_runtime, load_target
@@ -246,6 +247,7 @@ class Bench:
             "packages": packages,
             "seeds": [_WEIGHT_SEED, _CALIBRATION_SEED, _INPUT_SEED],
             "sources": _digest(s2d_deploy=_COMMON_SOURCES, export=("to_onnx",)),
+            "this": sha256_file(Path(__file__)),
         }
 
 

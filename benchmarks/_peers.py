@@ -27,6 +27,7 @@ from typing import Any
 from _models import Bench
 
 from s2d_deploy.errors import RecipeError, RuntimeUnavailable, message
+from s2d_deploy.files import sha256_file
 from s2d_deploy.precision import BASELINE
 from s2d_deploy.session import Array
 
@@ -34,6 +35,7 @@ PEERS = ("ort-static", "ort-dynamic", "openvino-fp32", "openvino-int8", "torch-e
 GROUPS = {"openvino": ("openvino-fp32", "openvino-int8")}
 NEEDS = {"ort": ("onnxruntime", "ort"), "openvino": ("openvino", "bench"), "torch": ("torch", "")}
 _CALIBRATION_SAMPLES = 4
+_THIS = sha256_file(Path(__file__))  # how peers are quantized is written here
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +142,7 @@ def _onnxruntime(name: str, bench: Bench, batch: int, threads: int) -> Peer:
             prepared.unlink()
         return {}
 
-    key = {"onnx": common.sha256, "onnxruntime": onnxruntime.__version__, "samples": _CALIBRATION_SAMPLES}
+    key = {"onnx": common.sha256, "onnxruntime": onnxruntime.__version__, "this": _THIS}
     stage = bench.store.run(f"peers/{name}", key, work)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
@@ -185,7 +187,7 @@ def _openvino(name: str, bench: Bench, batch: int, threads: int) -> Peer:
             openvino.save_model(quantized, folder / "model.xml", compress_to_fp16=False)
             return {}
 
-        key = {"onnx": common.sha256, "openvino": openvino.__version__, "nncf": nncf.__version__}
+        key = {"onnx": common.sha256, "openvino": openvino.__version__, "nncf": nncf.__version__, "this": _THIS}
         stage = bench.store.run(f"peers/{name}", key, work)
         seconds = None if stage.cached else float(stage.manifest["seconds"])
         model = fixed(stage.folder / "model.xml", batch)
