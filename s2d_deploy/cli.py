@@ -195,19 +195,50 @@ def schema() -> None:
     click.echo(json.dumps(recipe_schema(), indent=1))
 
 
-@cli.command(short_help="Find outliers before any conditioning.")
+@cli.command(short_help="Find outliers, and say whether S2D will help.")
 @_recipe_options
-def diagnose(as_json: bool, **options: Any) -> None:
-    """Find outliers before any conditioning: per layer PCDR, singular values, ranges, and what S2D would touch.
+@click.option(
+    "--data", "data", metavar="PATH", help="RECIPE is a model (folder or hub id), and PATH its data: no recipe needed."
+)
+@click.option(
+    "--task", type=click.Choice(["embedding", "image-classification"]), help="With --data [default: the model's]."
+)
+@click.option(
+    "--samples", type=click.IntRange(min=1), default=64, show_default=True, help="With --data: how many are looked at."
+)
+@click.option("--plots", type=click.Path(path_type=Path), help="Write spectra, PCDR and sites as SVG into this folder.")
+def diagnose(
+    as_json: bool, data: str | None, task: str | None, samples: int, plots: Path | None, **options: Any
+) -> None:
+    """Find outliers before any conditioning, what they cost at the quantized sites, and whether S2D will help.
 
-    Layers are flagged where PCDR reaches condition.tau; try another with --set condition.tau=0.8.
+    Per layer: PCDR, singular values, ranges, and what S2D would touch. Per quantized site: its error at 4 bits and
+    what makes it. Layers are flagged where PCDR reaches condition.tau; try another with --set condition.tau=0.8.
+
+    \b
+    Examples:
+      s2d-deploy diagnose my.yaml --plots plots
+      s2d-deploy diagnose ./my-checkpoint --data texts.txt
+      s2d-deploy diagnose google/vit-base-patch16-224 --data ./images --samples 32
     """
+    from s2d_deploy.diagnosis_recipe import as_recipe
     from s2d_deploy.store import read_json
+
+    with as_recipe(options.pop("recipe"), data, task, samples) as recipe, _opened(recipe, **options) as pipeline:
+        document = read_json(pipeline.diagnose().folder / "diagnosis.json")
+    from s2d_deploy.diagnosis_view import sites_table, write_plots
     from s2d_deploy.tables import diagnosis_table
 
-    with _opened(**options) as pipeline:
-        layers = read_json(pipeline.diagnose().folder / "diagnosis.json")["layers"]
-    _print(layers, as_json, lambda: click.echo(diagnosis_table(layers)))
+    def text() -> None:
+        click.echo(diagnosis_table(document["layers"]))
+        if document["sites"]:
+            click.echo(sites_table(document["sites"]))
+        click.echo(document["forecast"]["sentence"])
+
+    _print(document, as_json, text)
+    if plots is not None:
+        for path in write_plots(document, plots, tau=document["tau"]):
+            click.echo(str(path), err=True)
 
 
 @cli.command(short_help="Press the outliers down with S2D (trains first, if asked).")
@@ -373,8 +404,9 @@ def _finish(as_json: bool, options: dict[str, Any], *, judge: bool = True) -> No
     from s2d_deploy.run import run as run_everything
     from s2d_deploy.tables import gates_table, results_table
 
+    part = "-".join(dict.fromkeys([*options["targets"], *map(str.lower, options["precisions"])])) or None
     with _opened(**options) as pipeline:
-        outcome = run_everything(pipeline)
+        outcome = run_everything(pipeline, part=part)
 
     def text() -> None:
         click.echo(results_table(outcome.report["results"]))

@@ -180,7 +180,8 @@ class Deployment:
             "device": self.runtime.device(),
             "cpu": cpu_model(),
         }
-        return pipeline._stage(f"bench/{self.section.name}", key, work)
+        # Named by what is in it: a narrowed run must not replace the measurement of the whole.
+        return pipeline._stage(f"bench/{self.section.name}-{'-'.join(precisions)}", key, work)
 
     # ---- the report's rows ----------------------------------------------------------------------------------
 

@@ -38,10 +38,19 @@ class Outcome:
     errors: tuple[Exception, ...] = ()
 
 
-def run(pipeline: Pipeline, *, bench: bool = True, command: Sequence[str] | None = None) -> Outcome:
+def run(
+    pipeline: Pipeline, *, bench: bool = True, command: Sequence[str] | None = None, part: str | None = None
+) -> Outcome:
     """All stages, gates and reports.
 
     A target that breaks does not take the others with it: it is reported as unavailable, and the outcome says so.
+
+    Args:
+        pipeline: the recipe in its run folder.
+        bench: measure latency.
+        command: what the report gives as the command; the process's own arguments by default.
+        part: name of a part of the run (some targets, some precisions); its reports go to ``parts/<part>/``, so that
+            they do not replace those of the whole.
 
     Raises:
         S2DDeployError: a stage that all targets share failed; what was finished before is kept.
@@ -57,7 +66,8 @@ def run(pipeline: Pipeline, *, bench: bool = True, command: Sequence[str] | None
         errors += deployment.errors
     verdicts = gates(recipe, rows)
     document = document_of(pipeline, rows, verdicts, command)
-    files = write_reports(document, pipeline.store.root)
+    root = pipeline.store.root
+    files = write_reports(document, root / "parts" / part if part else root)
     code = max(map(exit_code_of, errors)) if errors else exit_code(overall(verdicts))
     return Outcome(document, files, code, tuple(errors))
 
