@@ -153,6 +153,17 @@ def test_narrowing_flags_claim_no_other_recipe(finished: Finished):
     assert narrow.code == 0, narrow.stderr
     assert [row["precision"] for row in narrow.json] == ["fp32", "w8a8"]
     assert commands("quantize", *where, "--precision", "fp32", "--json").json[0]["stage"] == "quantize/fp32"
+
+
+def test_a_narrowed_report_leaves_the_whole_one(finished: Finished):
+    commands, where = finished.commands, ("tiny.yaml", "-o", finished.folder)
+    whole = finished.folder / "report.json"
+    before = whole.read_bytes()
+    part = commands("report", *where, "--precision", "w8a8", "--target", "reference", "--json")
+    assert part.code == 0, part.stderr
+    assert {row["precision"] for row in part.json["results"]} == {"fp32", "w8a8"}
+    assert whole.read_bytes() == before
+    assert (finished.folder / "parts" / "reference-w8a8" / "report.html").is_file()
     other = commands("verify", *where, "--threads", "3")
     assert other.code == 2
     assert "bench.threads: 1 -> 3" in other.stderr
