@@ -81,6 +81,9 @@ class TrainSection(_Section):
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(64, ge=1)
+    threads: int | None = Field(
+        None, ge=1, description="of torch; tiny layers train faster on one. Default: torch's own"
+    )
     seed: int = Field(0, ge=0, le=_MAX_SEED)
 
 

@@ -5,7 +5,8 @@ Deterministic by seed on one machine and thread count.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -38,6 +39,28 @@ def train(
         ModelError: the loss became NaN or infinite, or the model does not take these inputs.
         DataError: no labels.
     """
+    with torch_threads(section.threads):
+        return _fit(module, output, samples, section, progress)
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """torch's intra-op threads within the block; None leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fit(
+    module: nn.Module,
+    output: str,
+    samples: Samples,
+    section: TrainSection,
+    progress: Callable[[int, int, str], None],
+) -> list[float]:
     torch.manual_seed(section.seed)
     steps = -(-samples.size // section.batch_size) * section.epochs
     optimizer = torch.optim.AdamW(module.parameters(), lr=section.learning_rate, weight_decay=section.weight_decay)
