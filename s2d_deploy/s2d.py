@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ class Refresh:
 class S2D:
     """Selective spectral decay of one model during training.
 
-    With the optimizer given, it acts by itself in every ``optimizer.step()``:
+    With the optimizer given, it acts by itself, until `detach`, in every ``optimizer.step()``:
 
         s2d = S2D(model, S2DConfig(), optimizer=optimizer)
         s2d.select(calibration_batches)
@@ -144,7 +144,10 @@ class S2D:
         self._warned: set[str] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         if self._optimizer is not None:
-            self._attach(self._optimizer)
+            self._handles = [
+                self._optimizer.register_step_pre_hook(lambda *_: self.before_step()),
+                self._optimizer.register_step_post_hook(lambda *_: self.after_step()),
+            ]
         coarse = sorted({str(m.weight.dtype) for m in self.layers.values()} - {"torch.float32", "torch.float64"})
         if coarse:
             log.warning(
@@ -202,13 +205,28 @@ class S2D:
                 left = kept.U * kept.S.pow(self.config.n)
                 add_low_rank(layer.weight.grad, layer, part, left, kept.V, self.config.weight_decay)
 
-    def after_step(self, lr: float) -> None:
+    def after_step(self, lr: float | None = None) -> None:
         """After the optimizer's step. Decoupled: ``W -= lr * factor * U S^n V^T`` on the flagged triplets.
 
         Args:
-            lr: the learning rate of this step.
+            lr: the learning rate of this step; None: of each weight's own group in the optimizer that was given.
+
+        Raises:
+            ModelError: no rate, and no optimizer either.
         """
-        self._after_step(lambda _: lr)
+        rates: dict[int, float] = {}
+        if lr is None:
+            if self._optimizer is None:
+                raise ModelError(
+                    message("S2D knows no learning rate", fix="call after_step(lr), or give the optimizer")
+                )
+            groups = self._optimizer.param_groups
+            rates = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        if self.config.application == "decoupled":
+            for name, k in self.flagged.items():
+                weight = self.layers[self.parts[name].layer].weight
+                self._shrink(name, k, rates[id(weight)] if lr is None else lr)
+        self.step += 1
 
     def detach(self) -> None:
         """Leave the optimizer alone from now on."""
@@ -366,22 +384,6 @@ class S2D:
     def _device(self, name: str) -> torch.device:
         device: torch.device = self.layers[self.parts[name].layer].weight.device
         return device
-
-    def _attach(self, optimizer: torch.optim.Optimizer) -> None:
-        def before(*_: Any) -> None:
-            self.before_step()
-
-        def after(*_: Any) -> None:
-            rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-            self._after_step(lambda weight: rates[id(weight)])
-
-        self._handles = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-
-    def _after_step(self, rate: Callable[[Tensor], float]) -> None:
-        if self.config.application == "decoupled":
-            for name, k in self.flagged.items():
-                self._shrink(name, k, rate(self.layers[self.parts[name].layer].weight))
-        self.step += 1
 
     def _shrink(self, name: str, k: int, lr: float) -> None:
         part, cached = self.parts[name], self._triplets[name]
