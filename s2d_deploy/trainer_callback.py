@@ -8,6 +8,7 @@ used). Its state lies as ``s2d.pt`` in the Trainer's own checkpoint folders, wri
 resumed by ``trainer.train(resume_from_checkpoint=...)`` ends with the same weights as an uninterrupted one.
 Loss and gradients are the Trainer's; a gradient that is not finite stops the run before it reaches a weight.
 """
+# ruff: noqa: ARG002 - the events' signatures are transformers'
 
 from __future__ import annotations
 
@@ -123,9 +124,7 @@ class S2DCallback(TrainerCallback):
 
     def _engine(self) -> S2D:
         if self.s2d is None:
-            raise ModelError(
-                message("S2D has not chosen its layers yet", fix="add the callback before trainer.train()")
-            )
+            raise ModelError(message("S2D has not chosen its layers yet", fix="add it before trainer.train()"))
         return self.s2d
 
     def _stop(self, step: int, parameters: dict[str, nn.Parameter]) -> None:
@@ -149,10 +148,8 @@ class S2DCallback(TrainerCallback):
 
 def _all_finite(gradients: list[Tensor]) -> bool:
     """Of all processes; one pass over the gradients and one wait for the device."""
-    if gradients:
-        total = torch.stack([g.float() for g in torch._foreach_norm(gradients)]).sum()
-    else:
-        total = torch.zeros(())
+    norms = [norm.float() for norm in torch._foreach_norm(gradients)] if gradients else [torch.zeros(())]
+    total = torch.stack(norms).sum()
     if processes()[1] > 1:
         torch.distributed.all_reduce(total)
     return bool(torch.isfinite(total))

@@ -90,7 +90,7 @@ def test_it_equals_the_plain_loop(tmp_path: Path, application: str) -> None:
 def _parts(run: Trainer) -> list[list[dict[str, Tensor]]]:
     """The samples of each of the run's 8 steps, in the Trainer's own order."""
     torch.manual_seed(5)
-    rows = [batch for batch in run.get_train_dataloader()]
+    rows = list(run.get_train_dataloader())
     assert len(rows) == 8
     return [[{k: batch[k][i] for k in ("x", "labels")} for i in range(3)] for batch in rows]
 
