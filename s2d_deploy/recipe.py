@@ -88,9 +88,12 @@ class TrainSection(_Section):
 
 
 class ConditionSection(_Section):
-    """Selective Spectral Decay (arXiv 2602.14432)."""
+    """Selective Spectral Decay (arXiv 2602.14432), or one of the baselines that it is compared with."""
 
-    method: Literal["s2d", "none"] = "s2d"
+    method: Literal["s2d", "none", "control", "weight-decay", "muon"] = Field(
+        "s2d",
+        description="none: no training; else the same steps with S2D, without, with plain decay, with Muon",
+    )
     objective: Literal["task", "distill"] = Field("task", description="task loss, or label-free self-distillation")
     application: Literal["coupled", "decoupled"] = Field(
         "decoupled", description="through the gradient, or AdamW-style"
@@ -105,7 +108,36 @@ class ConditionSection(_Section):
     tau: float = Field(0.95, gt=0, le=1)
     k_max: int = Field(3, ge=1, le=64)
     refresh_every: int = Field(100, ge=1)
+    refresh_drift: float | None = Field(None, gt=0, le=1, description="refresh earlier at this residual")
+    refresh_batches: int | None = Field(4, ge=1, description="calibration batches run at a refresh; null: all")
+    split: dict[str, int] = Field(
+        default_factory=dict, description="layer pattern -> matrices in it, e.g. '*.qkv': 3, or 3 x heads"
+    )
+    qat: str | None = Field(None, description="fake-quantize the forward pass at this precision, e.g. w4a4")
+    decay: float = Field(0.1, gt=0, lt=1, description="of method weight-decay, AdamW-style, on all weights")
+    accumulate: int = Field(1, ge=1, description="batches in one optimizer step")
+    autocast: Literal["no", "bf16"] = Field("no", description="compute in bfloat16 on float32 weights")
     seed: int = Field(0, ge=0, le=_MAX_SEED)
+
+    @field_validator("split")
+    @classmethod
+    def _whole_parts(cls, split: dict[str, int]) -> dict[str, int]:
+        wrong = [pattern for pattern, parts in split.items() if not 1 <= parts <= 4096]
+        if wrong:
+            raise ValueError(
+                message(f"condition.split: {', '.join(wrong)}", expected="1 to 4096 matrices", found=str(split))
+            )
+        return split
+
+    @field_validator("qat")
+    @classmethod
+    def _known_qat(cls, name: str | None) -> str | None:
+        if name is None:
+            return None
+        precision = parse_precision(name, "condition.qat").name
+        if precision == BASELINE:
+            raise ValueError(message("condition.qat: fp32 quantizes nothing", fix="leave condition.qat out"))
+        return precision
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> ConditionSection:
@@ -256,7 +288,7 @@ class Recipe(_Section):
             wrong.append(f"targets: listed twice: {', '.join(twice)}")
         if self.data.kind != "digits" and self.data.path is None:
             wrong.append(f"data.path is needed for data.kind = {self.data.kind}")
-        if self.data.kind == "text" and self.condition.method == "s2d" and self.condition.objective == "task":
+        if self.data.kind == "text" and self.condition.method != "none" and self.condition.objective == "task":
             wrong.append("condition.objective: text has no labels here; use distill")
         if wrong:
             raise ValueError("\n  ".join(wrong))

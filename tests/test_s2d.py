@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from s2d_deploy import s2d as module
 from s2d_deploy.errors import ModelError, RecipeError
@@ -286,6 +288,149 @@ def test_resuming_gives_the_same_weights(application: str, tmp_path: object) -> 
     assert second.selections == s2d.selections
 
 
+def test_attached_to_an_optimizer_it_acts_by_itself_and_detaches() -> None:
+    by_hand, by_itself = Net(), Net()
+    train(by_hand, first := selected(by_hand), range(5))
+    optimizer = torch.optim.SGD(by_itself.parameters(), lr=0.01)
+    s2d = selected(by_itself, optimizer=optimizer)
+    for step in range(5):
+        optimizer.zero_grad()
+        by_itself(**data(step)[0]).square().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(by_hand.parameters(), by_itself.parameters(), strict=True))
+    assert first.refreshes == s2d.refreshes
+    s2d.detach()
+    optimizer.step()
+    assert s2d.step == 5
+
+
+def selected(model: nn.Module, **arguments: Any) -> S2D:
+    s2d = S2D(model, config(decoupled_factor=1.0), **arguments)
+    s2d.select(data())
+    return s2d
+
+
+def test_each_weight_has_the_rate_of_its_own_group_and_untrained_ones_are_left_alone() -> None:
+    model = Net()
+    groups = [{"params": [model.spiked.weight], "lr": 0.02}, {"params": [model.flat.weight], "lr": 0.5}]
+    optimizer = torch.optim.SGD(groups)
+    s2d = selected(model, optimizer=optimizer)
+    before, pair = float(s2d.triplets("spiked").S[0]), model.pair.weight.detach().clone()
+    assert s2d.flagged == {"spiked": 1}  # `pair` would be, but nobody trains it
+    optimizer.step()
+    assert float(torch.linalg.matrix_norm(model.spiked.weight.detach(), 2)) == pytest.approx(
+        before - 0.02 * before**2, rel=1e-4
+    )
+    assert torch.equal(model.pair.weight, pair)
+
+
+def test_no_rate_is_an_error() -> None:
+    with pytest.raises(ModelError, match=r"knows no learning rate. Fix: call after_step\(lr\)"):
+        selected(Net()).after_step()
+
+
+class Fused(nn.Module):
+    """qkv of two heads, 3 x 2 x 4 rows: one head of k has a dominant triplet of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Linear(12, 24, bias=False) if kind == "linear" else Conv1D(24, 12)
+        matrix = torch.empty(24, 12)
+        for start in range(0, 24, 4):
+            nn.init.orthogonal_(matrix[start : start + 4])
+        matrix[8:12] = planted(4, 12, [8.0], 3)
+        with torch.no_grad():
+            self.qkv.weight.copy_(matrix if kind == "linear" else matrix.T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.qkv(x)
+
+    def matrix(self) -> Tensor:
+        weight = self.qkv.weight.detach()
+        return weight.clone() if isinstance(self.qkv, nn.Linear) else weight.T.clone()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("application", ["coupled", "decoupled"])
+@pytest.mark.parametrize(
+    ("split", "name", "rows"),
+    [({}, "qkv", range(24)), ({"*qkv": 3}, "qkv[1/3]", range(8, 16)), ({"qkv": 6}, "qkv[2/6]", range(8, 12))],
+)
+def test_a_fused_layer_whole_by_part_or_by_head(
+    kind: str, application: str, split: dict[str, int], name: str, rows: range
+) -> None:
+    model = Fused(kind)
+    s2d = S2D(model, config(split=split, application=application, decoupled_factor=1.0, weight_decay=0.01))
+    found = {s.name: s.k_target for s in s2d.select(data())}
+    assert s2d.flagged == {name: 1}
+    assert len(found) == split.get("*qkv", split.get("qkv", 1))
+    before = model.matrix()
+    s2d.before_step()
+    if application == "coupled":
+        with torch.no_grad():
+            model.qkv.weight.sub_(model.qkv.weight.grad)
+    s2d.after_step(0.01)
+    moved = before - model.matrix()
+    part = before[list(rows)]
+    u, s, vh = torch.linalg.svd(part, full_matrices=False)
+    expected = torch.zeros_like(before)
+    expected[list(rows)] = 0.01 * float(s[0]) ** 2 * u[:, :1] @ vh[:1]
+    assert torch.allclose(moved, expected, atol=1e-5)
+    assert not moved[[r for r in range(24) if r not in rows]].any()
+
+
+def test_pcdr_of_a_transposed_layer_is_the_linear_ones() -> None:
+    ones = [S2D(Fused(kind), config()).select(data())[0].pcdr for kind in ("linear", "conv1d")]
+    assert ones[0] == pytest.approx(ones[1], rel=1e-5)
+
+
+def test_split_errors() -> None:
+    with pytest.raises(RecipeError, match=r"split: 'x.\*' matches no layer.*such as spiked, pair, flat"):
+        S2D(Net(), config(split={"x.*": 3}))
+    with pytest.raises(ModelError, match=r"shared out equally in spiked \(10 rows, 3 parts\).*Fix: 3 for a fused qkv"):
+        S2D(Net(), config(split={"spiked": 3}))
+
+
+def test_a_refresh_runs_only_some_of_the_batches() -> None:
+    model = Net()
+    seen: list[int] = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    s2d = S2D(model, config(refresh_batches=3, refresh_every=1))
+    s2d.select([batch for seed in range(5) for batch in data(seed)])
+    assert len(seen) == 10
+    for _ in range(2):
+        s2d.before_step()
+        s2d.after_step(0.0)
+    assert len(seen) == 10 + 3  # of 10 batches every fourth
+
+
+def test_half_precision_weights_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = Net().to(torch.bfloat16)
+    s2d = S2D(model, config(decoupled_factor=1.0))
+    assert "weights in torch.bfloat16" in caplog.text
+    s2d.select([{"x": batch["x"].bfloat16()} for batch in data()])
+    before = float(torch.linalg.matrix_norm(model.spiked.weight.detach().float(), 2))
+    s2d.before_step()
+    s2d.after_step(0.05)
+    after = float(torch.linalg.matrix_norm(model.spiked.weight.detach().float(), 2))
+    assert after == pytest.approx(before - 0.05 * before**2, rel=2**-7)
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    s2d = selected(Net())
+    other = Net()
+    other.spiked = nn.Linear(12, 11)
+    with pytest.raises(ModelError, match=r"of another model: spiked \[10, 12\] does not fit"):
+        S2D(other, config(decoupled_factor=1.0)).load_state_dict(s2d.state_dict(), data())
+
+
+def test_nothing_is_kept_but_the_triplets() -> None:
+    s2d = selected(Net())
+    kept = sum(t.numel() for part in s2d.state_dict()["triplets"].values() for t in part.values())
+    assert kept == 3 * 3 * (10 + 12 + 1)  # layers * k_max * (N + K + 1)
+
+
 def test_state_errors() -> None:
     s2d = S2D(Net(), config())
     with pytest.raises(ModelError, match=r"has not chosen its layers yet.*Fix: call select"):
@@ -305,6 +450,8 @@ def test_state_errors() -> None:
         ("n", 0.5), ("n", float("nan")), ("n", 99), ("weight_decay", -1e-4), ("weight_decay", 1.0), ("tau", 0.0),
         ("tau", 1.01), ("k_max", 0), ("k_max", 2.0), ("k_max", True), ("refresh_every", 0), ("application", "both"),
         ("decoupled_factor", -1), ("decoupled_factor", float("inf")), ("refresh_drift", 0), ("outliers", 0),
+        ("drift_every", 0),
+        ("refresh_batches", 0), ("split", {"a": 0}), ("split", {"a": 2.0}), ("split", [3]),
     ],
 )  # fmt: skip
 def test_absurd_values_are_refused(name: str, value: object) -> None:

@@ -95,6 +95,49 @@ def test_zero_and_rank_one() -> None:
     assert top_triplets(one, 3).S.tolist() == pytest.approx([3.0, 0.0, 0.0], abs=1e-5)
 
 
+def test_refreshes_of_many_matrices_match_the_svd() -> None:
+    """Two shapes, one of them thrice, dominant triplets over noise, after a small step of training."""
+    g = torch.Generator().manual_seed(0)
+    before, after = [], []
+    for seed, (n, k) in enumerate([(300, 400), (300, 400), (500, 290), (300, 400), (20, 30)]):
+        w = torch.randn(n, k, generator=g) + with_spectrum(n, k, [300.0, 200.0, 100.0], seed)
+        before.append(w)
+        after.append(w + 0.01 * torch.randn(n, k, generator=g))
+    warm = [top_triplets(w, 3).V for w in before]
+    for w, found in zip(after, spectral.refreshed_triplets(after, 3, warm), strict=True):
+        u, s, vh = torch.linalg.svd(w, full_matrices=False)
+        assert torch.allclose(found.S, s[:3], rtol=1e-5)
+        exact = (u[:, :3] * s[:3] ** 2) @ vh[:3]
+        # The residual over the smallest gap, 100 - the noise's 40: REFRESH_RESIDUAL * 300 / 60, and it is far less.
+        assert float((found.product(2) - exact).norm()) < 5e-3 * float(exact.norm())
+
+
+def test_a_refresh_finds_what_its_warm_start_leaves_out() -> None:
+    w = with_spectrum(400, 600, [10.0, 9.0, 8.0, 7.0, 6.0, *[1.0] * 300])
+    exact = top_triplets(w, 5)
+    (found,) = spectral.refreshed_triplets([w], 3, [exact.V[:, 1:4]])
+    assert found.S.tolist() == pytest.approx([10, 9, 8], rel=1e-5)
+
+
+def test_a_refresh_in_small_stacks_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.randn(300, 310, generator=g) for _ in range(3)]
+    warm = [torch.randn(310, 3, generator=g) for _ in range(3)]
+    at_once = spectral.refreshed_triplets(weights, 3, warm)
+    monkeypatch.setattr(spectral, "BATCH_BYTES", 1)
+    for one, other in zip(at_once, spectral.refreshed_triplets(weights, 3, warm), strict=True):
+        assert torch.allclose(one.S, other.S, rtol=1e-5)
+
+
+def test_a_refresh_of_a_broken_or_stubborn_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    good, bad = torch.randn(300, 310, generator=g), torch.full((300, 310), float("nan"))
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        spectral.refreshed_triplets([good, bad], 3, [torch.randn(310, 3)] * 2)
+    monkeypatch.setattr(spectral, "MAX_RESTARTS", 0)
+    assert_triplets(good, spectral.refreshed_triplets([good], 3, [torch.randn(310, 3)])[0], 3)
+
+
 def test_deterministic() -> None:
     w = torch.randn(300, 500, generator=torch.Generator().manual_seed(0))
     first, second = top_triplets(w, 3), top_triplets(w, 3)
