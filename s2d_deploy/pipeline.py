@@ -185,7 +185,6 @@ class Pipeline:
     def condition(self) -> Stage:
         """Condition the weights with S2D (or copy them, for method none)."""
         section = self.recipe.condition
-        decoupled = section.application == "decoupled"
 
         def work(folder: Path, step: Step) -> dict[str, Any]:
             if self._scored_by_reference:
@@ -194,15 +193,7 @@ class Pipeline:
             if section.method == "none" or section.steps == 0:
                 save_checkpoint(module, folder)
                 return {"method": "none"}
-            config = S2DConfig(
-                n=section.n,
-                weight_decay=section.weight_decay,
-                tau=section.tau,
-                k_max=section.k_max,
-                refresh_every=section.refresh_every,
-                application=section.application,
-                decoupled_factor=section.decoupled_factor if decoupled else 0.0,
-            )
+            config = None if section.method != "s2d" else self._s2d_config()
             epochs = iter(range(1_000_000))
 
             def epoch_batches() -> Iterator[Batch]:
@@ -221,6 +212,11 @@ class Pipeline:
                 lr=section.learning_rate,
                 warmup=section.warmup,
                 seed=section.seed,
+                adam_decay=section.decay if section.method == "weight-decay" else 0.0,
+                optimizer="muon" if section.method == "muon" else "adamw",
+                plan=None if section.qat is None else self._qat_plan,
+                accumulate=section.accumulate,
+                autocast=section.autocast,
                 metric=lambda m: (
                     self.score(
                         outputs(torch_run(m, self.original.output), self.original.output, self.test_batches())
@@ -239,6 +235,7 @@ class Pipeline:
             "model": _dump(self.recipe.model),
             "weights": weights_sha256(self.original.module),
             "condition": _dump(section),
+            "quantize": _quantize_key(self.recipe.quantize, section.qat) if section.qat else None,
             "data": self.data.fingerprint,
         }
         stage = self._stage("condition", key, work)
@@ -247,6 +244,41 @@ class Pipeline:
             if self.recipe.train is None:
                 self.__dict__.pop("_untrained", None)
         return stage
+
+    def _s2d_config(self) -> S2DConfig:
+        section = self.recipe.condition
+        return S2DConfig(
+            n=section.n,
+            weight_decay=section.weight_decay,
+            tau=section.tau,
+            k_max=section.k_max,
+            refresh_every=section.refresh_every,
+            application=section.application,
+            decoupled_factor=section.decoupled_factor if section.application == "decoupled" else 0.0,
+            refresh_drift=section.refresh_drift,
+            refresh_batches=section.refresh_batches,
+            split=section.split,
+        )
+
+    def _qat_plan(self, model: nn.Module) -> Plan:
+        """The plan of condition.qat for the float model as it is now."""
+        ops = discover(model, next(iter(self.data.calibration.batches(1))), self.original.output)
+        statistics = calibrate(model, ops, self.data.calibration.batches(self.recipe.data.batch_size))
+        return build_plan(model, ops, statistics, str(self.recipe.condition.qat), self._quantize_config())
+
+    def _quantize_config(self) -> QuantizeConfig:
+        section = self.recipe.quantize
+        return QuantizeConfig(
+            weights=section.weights,
+            activations=section.activations,
+            percentile=section.percentile,
+            activation_granularity=section.activation_granularity,
+            activation_symmetric=section.activation_symmetric,
+            block_size=section.block_size,
+            attention=section.attention,
+            skip=section.skip,
+            overrides=section.overrides,
+        )
 
     def calibrate(self) -> Stage:
         """One pass over the calibration samples, for the conditioned model and for the original."""
@@ -284,17 +316,7 @@ class Pipeline:
     def quantize(self, precision: str) -> Stage:
         """Plan and simulated outputs of one precision; for the baseline an empty plan and the float outputs."""
         section = self.recipe.quantize
-        config = QuantizeConfig(
-            weights=section.weights,
-            activations=section.activations,
-            percentile=section.percentile,
-            activation_granularity=section.activation_granularity,
-            activation_symmetric=section.activation_symmetric,
-            block_size=section.block_size,
-            attention=section.attention,
-            skip=section.skip,
-            overrides=section.overrides,
-        )
+        config = self._quantize_config()
 
         def work(folder: Path, step: Step) -> dict[str, Any]:
             if precision == BASELINE:
