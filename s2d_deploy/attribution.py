@@ -9,9 +9,10 @@ inputs, what the site would be without one cause at a time:
 - *gain*: the norm without its gain and bias (the noise is weighted with the gains, which the next Linear would hold).
 - *channels*: the site without its few most extreme channels (of an activation: single neurons of the Linear before).
 
-What a cause costs is measured in the quantizer's own currency: the error at 4 bits with the best clipping range,
-over the variance within channels (what is constant in a channel carries no information). The maximum alone would
-overstate outliers that a clipping range simply cuts. What is lost: second-order effects of one layer on the next,
+What a cause costs is measured in the quantizer's own currency: the error at 4 bits with the best clipping range, over
+the variance of the bulk (within channels, because what is constant in a channel carries no information; without the
+largest 5 %, because outliers would count as the signal that they drown). The maximum alone would overstate outliers
+that a clipping range simply cuts. What is lost: second-order effects of one layer on the next,
 and the correlation of the error between channels. Memory is bounded by the number of sites, not by the data.
 """
 
@@ -31,7 +32,7 @@ from s2d_deploy.errors import DataError, message
 from s2d_deploy.fake_quant import dequantize, quantize
 from s2d_deploy.grid import Grid
 from s2d_deploy.observers import Histogram, activation_parameters
-from s2d_deploy.pcdr import Batch, forward_batches
+from s2d_deploy.pcdr import Batch, forward_batches, require_finite_activation
 from s2d_deploy.plan import Op
 from s2d_deploy.producers import Producer, trace_producers
 from s2d_deploy.session import Progress
@@ -46,6 +47,9 @@ NORMAL_ERROR = 0.0115
 HARMLESS = 0.03
 # A cause is named when taking it out removes at least this share of the excess error.
 NAMED_SHARE = 0.25
+# The largest deviations that are no part of the signal's bulk, and the variance of a normal without them.
+TRIMMED = 0.05
+NORMAL_BULK = 0.7588
 # The share of channels that counts as "single".
 EXTREME_CHANNELS = 0.01
 
@@ -77,7 +81,7 @@ class Without:
 
     Attributes:
         range: share of the largest magnitude that remains, e.g. 0.4; above 1 where a cancellation is lost.
-        error: error at 4 bits over the variance, as `SiteAttribution.error`.
+        error: as `SiteAttribution.error`.
         share: share of the site's excess error that the cause makes, 0 to 1.
     """
 
@@ -96,7 +100,7 @@ class SiteAttribution:
         module: the producing module.
         linears: layers whose triplets reach the site.
         max_abs: largest magnitude.
-        error: error at 4 bits with the best clipping range, over the variance within channels.
+        error: error at 4 bits with the best clipping range, over the variance of the bulk.
         channels: the most extreme channels, at most three, most extreme first.
         flagged: without the k_target triplets of the producing layers that S2D flags; None where there are none.
         triplets: without the top k_max triplets of all producing layers: the most that S2D could reach.
@@ -159,39 +163,39 @@ class Forecast:
 
 @dataclass(slots=True)
 class _Stream:
-    """Histogram and per-channel moments of one tensor over all batches."""
+    """One tensor over all batches: channel means in the first pass, histograms in the second."""
 
     name: str
-    histogram: Histogram = field(default_factory=Histogram)
     count: int = 0
     total: Tensor | None = None
-    square: Tensor | None = None
     peak: Tensor | None = None
+    histogram: Histogram = field(default_factory=Histogram)
+    centred: Histogram = field(default_factory=Histogram)
+
+    def look(self, x: Tensor) -> None:
+        """First pass over `x`, channels last."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        total, peak = rows.double().sum(0), rows.abs().amax(0).double()
+        self.total = total if self.total is None else self.total + total
+        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+        self.count += rows.shape[0]
 
     def add(self, x: Tensor) -> None:
-        """See `x`, channels last."""
+        """Second pass."""
         self.histogram.update(x, self.name)
-        rows = x.detach().reshape(-1, x.shape[-1])
-        exact = rows.double()
-        parts = exact.sum(0), exact.square().sum(0), rows.abs().amax(0).double()
-        if self.total is None or self.square is None or self.peak is None:
-            self.total, self.square, self.peak = parts
-        else:
-            self.total, self.square = self.total + parts[0], self.square + parts[1]
-            self.peak = torch.maximum(self.peak, parts[2])
-        self.count += rows.shape[0]
+        self.centred.update(x - self.mean.to(x), self.name)
 
     @property
     def mean(self) -> Tensor:
-        """Of each channel."""
-        return torch.zeros(0) if self.total is None else self.total / self.count
+        """Of each channel, float64."""
+        return torch.zeros(1, dtype=torch.float64) if self.total is None else self.total / self.count
 
     @property
-    def variance(self) -> float:
-        """Within channels, averaged over them."""
-        if self.square is None:
-            return 0.0
-        return float((self.square / self.count - self.mean.square()).clamp_min(0).mean())
+    def bulk(self) -> float:
+        """Variance within channels of all but the `TRIMMED` largest deviations, corrected to that of a normal."""
+        counts, centers = self.centred.counts.double(), self.centred.centers()
+        kept = centers.abs() <= self.centred.percentile(100.0 * (1 - TRIMMED))
+        return float((counts * centers.square())[kept].sum() / counts[kept].sum().clamp_min(1)) / NORMAL_BULK
 
     def noise(self, bits: int = 4) -> float:
         """Mean squared error on a symmetric grid of `bits` with the best clipping range."""
@@ -242,9 +246,9 @@ def attribute(
         producers = trace_producers(model, ops, {name: tensor[:1] for name, tensor in first.items()})
     measurement = _Measurement(model, producers, k_target, k_max)
     say: Progress = progress if progress is not None else (lambda _: None)
-    measurement.run(batches, measurement.see, lambda n: say(f"attribute: {n} batches as they are"))
+    measurement.run(batches, lambda n: say(f"attribute: {n} batches, means"))
     measurement.choose_channels()
-    measurement.run(batches, measurement.see_without, lambda n: say(f"attribute: {n} batches without their causes"))
+    measurement.run(batches, lambda n: say(f"attribute: {n} batches, errors"))
     return [measurement.result(producer) for producer in producers.values()]
 
 
@@ -300,7 +304,7 @@ def forecast(sites: Iterable[SiteAttribution], *, flagged: int) -> Forecast:
             reach,
             shares,
             f"S2D will not help at 4-bit activations here as it is set, {why}; but leading triplets do make "
-            f"{shares['triplet']:.0%} of it: a lower tau or a higher k_max would reach them (causes by site: {causes}).",
+            f"{shares['triplet']:.0%} of it: a lower tau or a higher k_max would reach them (causes: {causes}).",
         )
     return Forecast(
         False, reach, shares, f"S2D will not help at 4-bit activations here, {why} (causes by site: {causes})."
@@ -323,6 +327,7 @@ class _Measurement:
         self.actual: dict[str, _Stream] = {}
         self.without: dict[tuple[str, str], _Stream] = {}
         self.extreme: dict[str, Tensor] = {}
+        self._second = False
         wanted = {name for p in producers.values() for name in p.linears}
         self.triplets: dict[str, Triplets] = {
             name: top_triplets(weight_matrix(self.modules[name]), max(k_max, k_target.get(name, 0)))
@@ -333,10 +338,12 @@ class _Measurement:
         self._probs: dict[str, Tensor] = {}
         self._contexts: dict[str, dict[str, Tensor]] = {}  # value's Linear -> cause -> attention context
 
-    def run(
-        self, batches: Iterable[Batch], see: Callable[[str, str, Any, Any], None], each: Callable[[int], None]
-    ) -> None:
-        """One pass; `see` gets (event, module name, input, output) of every module that matters."""
+    def run(self, batches: Iterable[Batch], each: Callable[[int], None]) -> None:
+        """One pass. Sites as they are, and without one cause at a time."""
+
+        def see(event: str, name: str, x: Tensor, output: Tensor | None) -> None:
+            self._see(event, name, x, output)
+            self._see_without(event, name, x, output)
 
         def hook(event: str) -> Callable[[nn.Module, Any, Any], None]:
             return lambda module, args, output: see(event, self.names[module], args[0], output)
@@ -370,26 +377,28 @@ class _Measurement:
         for held in (self._removed, self._probs, self._contexts):
             held.clear()
 
-    def see(self, event: str, name: str, x: Tensor, output: Tensor | None) -> None:
-        """First pass: every site as it is."""
-        sources = (f"linear:{name}", output), (f"site:{name}.input", x)
+    def _see(self, event: str, name: str, x: Tensor, output: Tensor | None) -> None:
+        """Every site as it is."""
+        sources: tuple[tuple[str, Tensor | None], ...] = (f"linear:{name}", output), (f"site:{name}.input", x)
         if event in ("norm", "activation"):
             sources = ((f"{event}:{name}", output),) * 2
         elif event != "layer":
             sources = ((f"site:{name}.{event}", x),) * 2
         for source, tensor in dict(sources).items():
             if source in self.by_source and tensor is not None and self.by_source[source].kind != "softmax":
-                self.actual.setdefault(source, _Stream(source.partition(":")[2])).add(_channels_last(event, tensor))
+                stream = self.actual.setdefault(source, _Stream(source.partition(":")[2]))
+                self._feed(stream, _channels_last(event, tensor))
 
     def choose_channels(self) -> None:
         """Between the passes: the most extreme channels of every stream."""
+        self._second = True
         for source, stream in self.actual.items():
             if stream.peak is not None:
                 count = max(1, round(EXTREME_CHANNELS * stream.peak.numel()))
                 self.extreme[source] = stream.peak.topk(min(count, stream.peak.numel())).indices
 
-    def see_without(self, event: str, name: str, x: Tensor, output: Tensor | None) -> None:
-        """Second pass: every site without one cause at a time."""
+    def _see_without(self, event: str, name: str, x: Tensor, output: Tensor | None) -> None:
+        """Every site without one cause at a time."""
         if event == "layer" and output is not None:
             self._layer(name, x, output)
         elif event == "norm" and output is not None:
@@ -459,13 +468,21 @@ class _Measurement:
         return total
 
     def _single(self, source: str, x: Tensor) -> None:
-        rest = x.clone()
-        rest[..., self.extreme[source]] = 0
-        self._add(source, "single", rest)
+        if self._second:  # the first pass finds the channels; the others' means are those of the whole
+            rest = x.clone()
+            rest[..., self.extreme[source]] = 0
+            self._add(source, "single", rest)
 
     def _add(self, source: str, cause: str, x: Tensor) -> None:
         name = f"{source.partition(':')[2]} without {cause}"
-        self.without.setdefault((source, cause), _Stream(name)).add(x)
+        self._feed(self.without.setdefault((source, cause), _Stream(name)), x)
+
+    def _feed(self, stream: _Stream, x: Tensor) -> None:
+        if self._second:
+            stream.add(x)
+        else:
+            require_finite_activation(stream.name, "values", x)
+            stream.look(x)
 
     def result(self, producer: Producer) -> SiteAttribution:
         """The attribution of one site."""
@@ -474,10 +491,10 @@ class _Measurement:
         if producer.kind == "softmax":
             return SiteAttribution(*common, 1.0, 0.0, note="probabilities: at most 1 whatever the weights")
         actual = self.actual[source]
-        variance = actual.variance
-        if variance <= 0:
-            return SiteAttribution(*common, actual.histogram.absmax, 0.0, note="constant: every grid holds it")
-        error = actual.noise() / variance
+        bulk = actual.bulk
+        if actual.histogram.absmax == 0 or actual.noise() == 0:
+            return SiteAttribution(*common, actual.histogram.absmax, 0.0, note="a 4-bit grid holds it exactly")
+        error = actual.noise() / max(bulk, 1e-30)
         found = {
             cause: self._compare(source, cause, actual, error)
             for cause in ("flagged", "triplets", "gain", "single")
@@ -488,25 +505,25 @@ class _Measurement:
             actual.histogram.absmax,
             error,
             self._channels(producer, actual),
-            **found,
+            flagged=found.get("flagged"),
+            triplets=found.get("triplets"),
+            gain=found.get("gain"),
+            single=found.get("single"),
             verdict=_verdict(producer, error, found),
             note=producer.note,
         )
 
     def _compare(self, source: str, cause: str, actual: _Stream, error: float) -> Without:
         stream = self.without[source, cause]
-        noise, variance = stream.noise(), actual.variance
+        noise, bulk, remaining = stream.noise(), actual.bulk, stream.histogram.absmax
         if cause in ("flagged", "triplets"):
-            variance = stream.variance  # the signal is another one, too
+            bulk = stream.bulk  # the signal is another one, too
         elif cause == "gain":
-            gain = self.modules[self.by_source[source].module].weight
-            noise *= float(gain.detach().double().square().mean())
-        without = noise / variance if variance > 0 else 0.0
+            # In the units of the site: the next Linear would hold the gains. The typical one speaks for the bulk.
+            gain = float(self.modules[self.by_source[source].module].get_parameter("weight").detach().abs().median())
+            noise, remaining = noise * gain**2, remaining * gain
+        without = noise / max(bulk, 1e-30)
         share = (error - without) / (error - NORMAL_ERROR) if error > NORMAL_ERROR else 0.0
-        remaining = stream.histogram.absmax
-        if cause == "gain":
-            # In the units of the site: the typical gain times the normalized range.
-            remaining *= float(gain.detach().double().square().mean().sqrt())
         return Without(remaining / actual.histogram.absmax, without, min(max(share, 0.0), 1.0))
 
     def _channels(self, producer: Producer, actual: _Stream) -> tuple[Channel, ...]:
@@ -551,5 +568,6 @@ def _verdict(producer: Producer, error: float, found: Mapping[str, Without]) -> 
     if producer.kind == "input" or error <= HARMLESS:
         return "none"
     words: dict[str, Verdict] = {"triplets": "triplet", "gain": "gain", "single": "neuron"}
-    best = max((c for c in words if c in found), key=lambda c: found[c].share, default=None)
+    # To one decimal: of causes that explain it equally, the one that is named first can be acted on more cheaply.
+    best = max((c for c in words if c in found), key=lambda c: round(found[c].share, 1), default=None)
     return words[best] if best is not None and found[best].share >= NAMED_SHARE else "none"

@@ -6,19 +6,24 @@ moments are merged batch by batch in float64 (Chan, Golub and LeVeque 1979; four
 Sandia report SAND2008-6212), so nothing is kept but a few numbers for each layer, and the result does
 not depend on how the data is cut into batches (beyond rounding). Padding tokens count as tokens: the
 layer computes them, and a per-tensor range has to hold them.
+
+`diagnose_model` adds what `attribution` measures: which of these outliers arrive at quantized sites, what makes
+the sites' ranges, and whether S2D will help.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from s2d_deploy.attribution import Forecast, SiteAttribution, attribute, forecast
+from s2d_deploy.discovery import discover
 from s2d_deploy.errors import DataError, ModelError, message
 from s2d_deploy.pcdr import (
     DEFAULT_TOP,
@@ -168,6 +173,39 @@ class LayerDiagnosis:
         return {**asdict(self), "shape": list(self.shape)}
 
 
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """A whole model: its layers, its quantized sites, and whether S2D will help.
+
+    Attributes:
+        layers: every Linear and Conv, in model order.
+        sites: every activation site, in execution order; empty where sites cannot be told apart (`forecast` says why).
+        forecast: whether S2D will help at 4-bit activations, with the reason.
+    """
+
+    layers: list[LayerDiagnosis]
+    sites: list[SiteAttribution]
+    forecast: Forecast
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "layers": [layer.to_dict() for layer in self.layers],
+            "sites": [site.to_dict() for site in self.sites],
+            "forecast": self.forecast.to_dict(),
+        }
+
+
+class _Anew:
+    """Batches that are made anew each time they are read, so that none has to be kept."""
+
+    def __init__(self, factory: Callable[[], Iterable[Batch]]) -> None:
+        self._factory = factory
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._factory())
+
+
 class _Watch:
     """Statistics of one layer, fed by a forward hook."""
 
@@ -282,3 +320,36 @@ def diagnose(
                 )
             )
     return result
+
+
+def diagnose_model(
+    model: nn.Module,
+    batches: Callable[[], Iterable[Batch]],
+    *,
+    output: str | None = None,
+    k_max: int = 3,
+    tau: float = 0.95,
+    top: int = DEFAULT_TOP,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Diagnose layers and quantized sites in three passes over the data.
+
+    Args:
+        model: called as ``model(**batch)``; a transformers model is left with the visible attention switched on.
+        batches: gives the same batches at each call; memory does not grow with their number.
+        output: the output that will be exported; see `discovery.discover`.
+        k_max, tau, top, progress: as in `diagnose`.
+
+    Raises:
+        As `diagnose`.
+    """
+    layers = diagnose(model, batches(), k_max=k_max, tau=tau, top=top, progress=progress)
+    k_target = {layer.name: layer.k_target for layer in layers}
+    first = next(iter(batches()))
+    try:
+        ops = discover(model, {name: tensor[:1] for name, tensor in first.items()}, output)
+    except ModelError as error:
+        log.warning("quantized sites are not attributed: %s", error)
+        return Diagnosis(layers, [], Forecast(None, 0.0, {}, f"Whether S2D helps cannot be said here: {error}"))
+    sites = attribute(model, ops, _Anew(batches), k_target=k_target, k_max=k_max, progress=progress)
+    return Diagnosis(layers, sites, forecast(sites, flagged=sum(layer.flagged for layer in layers)))

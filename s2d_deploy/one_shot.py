@@ -12,10 +12,14 @@ multiply-add has to be put in front of the Linear ("insert"): then the model is 
 load, and the runtime pays one elementwise pass. "neurons" instead scales neurons through the GELU, which is not
 homogeneous: approximate, weights only, and its error is measured.
 
-Scales are chosen by search: among SmoothQuant-like families (Xiao et al., arXiv 2211.10438, equation 4) and clipping
-ones (Wei et al., Outlier Suppression+, arXiv 2304.09145, section 4.2) the one whose Linear, quantized as it will be,
-errs least on calibration tokens. The error of each token is relative to that token, because a norm follows: an
-absolute error would be ruled by the few tokens whose outputs are largest.
+What is inserted may also copy channels (outlier channel splitting: Zhao et al., arXiv 1901.09504, section 3): a channel
+that arrives twice at half its size needs half the range, and no weight grows, at the price of a wider K. "bypass"
+may besides lead up to four channels of a site past the quantizer in float (as LLM.int8 does: Dettmers et al., arXiv
+2208.07339, section 3.2): still exact in float, but those products, 4 of K, are no longer integers.
+
+Scales are chosen by search: among SmoothQuant-like families (Xiao et al., arXiv 2211.10438, equation 4), clipping ones
+(Wei et al., Outlier Suppression+, arXiv 2304.09145, section 4.2) and copies, the one whose Linear, quantized to W4A4
+as it will be, errs least on calibration tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -46,43 +50,74 @@ from s2d_deploy.spectral import top_triplets, weight_matrix
 
 log = logging.getLogger(__name__)
 
-Variant = Literal["shrink", "shrink-next", "fold", "neurons", "insert"]
+Variant = Literal["shrink", "shrink-next", "fold", "neurons", "insert", "bypass"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 Compensation = Literal["none", "layer"]
-ROWS = 768
+ROWS = 1024
+# Channels that copying may add: multiples of 32, so that block sizes and vector widths still divide K.
+EXTRA_CHANNELS = (32, 64)
+# How many channels may be led past a quantizer in float, and the share of the error that each must earn.
+DIRECT_CHANNELS = (1, 2, 4)
+DIRECT_PRICE = 0.02
 _SEED = 0
 # Scales beyond this would move the problem from the activations into the weights.
 MAX_SCALE = 64.0
 # Ridge of the closed forms, as a share of the mean eigenvalue: calibration tokens are fewer than directions.
 RIDGE = 1e-2
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3)
+# A neuron whose scaled activation leaves more of its variance unexplained is left alone.
+UNEXPLAINED = 0.01
 
 
 class EqualizedLinear(nn.Module):
-    """A Linear behind a shift and a scale of each input channel: ``linear((x - shift) * inverse)``.
+    """A Linear behind a shift, a scale and copies of its input channels, with a few channels led past it in float.
 
-    Computes what the original Linear did; its quantized site is the shifted and scaled tensor.
+    Computes what the original Linear did; its quantized site is the tensor that the inner Linear reads. A channel
+    with m copies arrives m times at 1/m of its size, and meets m copies of its weight column. A direct channel does
+    not arrive: its column times its value is added elementwise to the output.
 
     Args:
         linear: the original; its weights are copied and take the inverse.
         shift: (K,).
         scale: (K,), positive.
+        copies: int64 (K,), how often each channel arrives; 0 for the direct ones. None: 1 everywhere.
+        direct: the direct channels.
     """
 
     shift: Tensor
     inverse: Tensor
+    index: Tensor | None
+    columns: Tensor
 
-    def __init__(self, linear: nn.Linear, shift: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        shift: Tensor,
+        scale: Tensor,
+        copies: Tensor | None = None,
+        direct: Sequence[int] = (),
+    ) -> None:
         super().__init__()
-        self.linear = copy.deepcopy(linear)
-        if self.linear.bias is None:
-            self.linear.bias = nn.Parameter(linear.weight.new_zeros(linear.out_features))
-        _absorb(self.linear, shift, scale)
-        self.register_buffer("shift", shift.to(linear.weight))
-        self.register_buffer("inverse", 1 / scale.to(linear.weight))
+        weight = linear.weight.detach().clone()
+        count = torch.ones(len(scale), dtype=torch.int64) if copies is None else copies
+        index = torch.repeat_interleave(torch.arange(len(scale)), count)
+        bias = weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach().clone()
+        self.linear = nn.Linear(len(index), linear.out_features).to(weight)
+        with torch.no_grad():
+            self.linear.weight.copy_((weight * scale.to(weight))[:, index])
+            self.linear.bias.copy_(bias + weight @ shift.to(weight))
+        self.direct = tuple(direct)
+        self.register_buffer("columns", weight[:, list(direct)].T.contiguous())
+        self.register_buffer("shift", shift.to(weight))
+        self.register_buffer("inverse", 1 / (scale.to(weight)[index] * count.to(weight)[index]))
+        self.register_buffer("index", index if copies is not None else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., K) -> (..., N)``."""
-        y: Tensor = self.linear((x - self.shift) * self.inverse)
+        x = x - self.shift
+        y: Tensor = self.linear((x if self.index is None else x.index_select(-1, self.index)) * self.inverse)
+        for column, channel in zip(self.columns, self.direct, strict=True):
+            y = y + x[..., channel : channel + 1] * column
         return y
 
 
@@ -93,7 +128,7 @@ class Change:
     Attributes:
         where: the layers.
         what: "shrunk", "refitted", "folded", "inserted", or "neurons".
-        before: what the change acts on, before: the relative token error of the quantized Linear for an
+        before: what the change acts on, before: the relative error of the quantized Linear for an
             equalization, s_max for a shrinking, the relative output error that a refit found.
         after: and after.
         detail: a sentence.
@@ -197,7 +232,8 @@ def one_shot(
         elif variant == "neurons":
             changes += scale_neurons(changed, calibration, output=output)
         else:
-            changes += equalize(changed, calibration, insert=variant == "insert", output=output)
+            insert = variant in ("insert", "bypass")
+            changes += equalize(changed, calibration, insert=insert, bypass=variant == "bypass", output=output)
     run = torch_run(model, output)
     reference = outputs(run, output, (dict(b) for b in held_out))
     masks = [b["attention_mask"].numpy() for b in held_out if "attention_mask" in b]
@@ -224,9 +260,7 @@ def one_shot(
     for key, simulated in _simulated(changed, calibration, precisions, methods, output):
         result.after[key] = points(simulated)[1]
         if progress is not None:
-            progress(
-                f"one-shot: {result.variant} {key}: {result.before.get(key, float('nan')):.1f} -> {result.after[key]:.1f}"
-            )
+            progress(f"one-shot: {result.variant}: {key} {result.after[key]:.1f}")
     result.finding = _finding(result)
     return changed, result
 
@@ -267,8 +301,11 @@ def shrink_triplets(
     """Shrink the leading triplets of `flagged` Linears in place, with the least change in their outputs.
 
     For each triplet the new weight fulfils ``u^T W' v = factor * s``. With "none", ``W' = W - (1 - factor) s u v^T``.
-    With "layer", of all W' that fulfil it, the one with the least ``E |(W' - W)(x - mean)|^2``: with the inputs'
-    covariance C, ``W' = W - (1 - factor) s u d^T``, ``d = C^-1 v / (v^T C^-1 v)`` (Lagrange), and the bias takes the mean.
+    With "layer", of all W' that fulfil it, the one with the least ``E |(W' - W)(x - mean)|^2 + ridge |W' - W|^2``: with
+    the inputs' covariance C, ``W' = W - (1 - factor) s u d^T``, ``d = (C + ridge)^-1 v / (v^T (C + ridge)^-1 v)``
+    (Lagrange); the bias takes the mean. Without a ridge, d grows along directions that the inputs hardly use, and
+    s_max may grow with it; so the least ridge of a grid is taken with which no singular value exceeds the largest that
+    plain shrinking leaves by more than 5 %.
 
     Args:
         model: changed in place.
@@ -288,30 +325,36 @@ def shrink_triplets(
         raise RecipeError(message("factor is out of range", expected="0 to 1", found=str(factor)))
     modules = dict(model.named_modules())
     chosen = {name: k for name, k in flagged.items() if k > 0 and not isinstance(modules.get(name), nn.Conv2d)}
-    wrong = [name for name in chosen if not isinstance(modules.get(name), nn.Linear)]
+    wrong = [name for name in chosen if name not in modules]
     if wrong:
-        raise ModelError(message(f"no Linear called {', '.join(map(repr, wrong))}"))
+        raise ModelError(message(f"no layer called {', '.join(map(repr, wrong))}"))
     moments = _moments(model, batches, list(chosen)) if compensate == "layer" and chosen else {}
     changes = []
     for name, k in chosen.items():
-        layer = modules[name]
+        layer = _linear(model, name)
         matrix = weight_matrix(layer).double()
         triplets = top_triplets(matrix, k)
         u, s, v = triplets.U.double(), triplets.S.double(), triplets.V.double()
+        plain = -(1 - factor) * (u * s) @ v.T
+        delta, mean, words = plain, torch.zeros(matrix.shape[1], dtype=torch.float64), "no compensation"
         if name in moments:
             mean, covariance = moments[name]
-            solved = torch.linalg.solve(covariance, v)  # C^-1 v, (K, k)
-            # d_r with v_q . d_r = 1 for q = r, else 0: every constraint holds at once.
-            d = solved @ torch.linalg.inv(v.T @ solved)
-        else:
-            mean, d = torch.zeros(matrix.shape[1], dtype=torch.float64), v
-        delta = -(1 - factor) * (u * s) @ d.T
+            bound = 1.05 * float(torch.linalg.matrix_norm(matrix + plain, 2))
+            size, identity = float(covariance.diagonal().mean()), torch.eye(len(mean), dtype=torch.float64)
+            for ridge in RIDGES:
+                solved = torch.linalg.solve(covariance + (ridge * size + 1e-30) * identity, v)  # (K, k)
+                # d_r with v_q . d_r = 1 for q = r, else 0: every constraint holds at once.
+                d = solved @ torch.linalg.inv(v.T @ solved)
+                found = -(1 - factor) * (u * s) @ d.T
+                if float(torch.linalg.matrix_norm(matrix + found, 2)) <= bound:
+                    delta, words = found, f"compensated, ridge {ridge:g}"
+                    break
         with torch.no_grad():
             layer.weight += delta.to(layer.weight)
             if layer.bias is not None:
-                layer.bias -= (delta @ mean).to(layer.bias)
+                layer.bias.sub_((delta @ mean).to(layer.bias))
         after = float(torch.linalg.matrix_norm(weight_matrix(layer), 2))
-        detail = f"{k} triplet(s) to {factor:g} of their size, compensation: {compensate}"
+        detail = f"{k} triplet(s) to {factor:g} of their size, {words}"
         changes.append(Change((name,), "shrunk", float(s[0]), after, detail))
     return changes
 
@@ -379,7 +422,7 @@ def _refit_layer(model: nn.Module, original: nn.Module, batches: Sequence[Batch]
     with torch.no_grad():
         layer.weight += delta.to(layer.weight)
         if layer.bias is not None:
-            layer.bias += (me - delta @ mx).to(layer.bias)
+            layer.bias.add_((me - delta @ mx).to(layer.bias))
     power = float((sums["yy"] / count - my.square()).sum())
     error = float((sums["ee"] / count).sum())
     # E|e - delta (x - mean)|^2 with the mean taken by the bias.
@@ -393,19 +436,26 @@ def _refit_layer(model: nn.Module, original: nn.Module, batches: Sequence[Batch]
 
 
 def equalize(
-    model: nn.Module, batches: Sequence[Batch], *, insert: bool = False, output: str | None = None, rows: int = ROWS
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    insert: bool = False,
+    bypass: bool = False,
+    output: str | None = None,
+    rows: int = ROWS,
 ) -> list[Change]:
     """Shift and scale the channels of quantized Linear inputs, exactly, in place.
 
     Args:
         model: changed in place.
         batches: calibration data.
-        insert: also put a multiply-add in front of Linears whose channels cannot be folded into weights.
+        insert: also put an elementwise layer in front of Linears whose channels cannot be folded into weights.
+        bypass: such a layer may lead up to four channels past the quantizer, in float.
         output: as in `discovery.discover`.
         rows: calibration tokens that each choice is made on.
 
     Returns:
-        The changed groups (Linears that read one tensor share one choice), with the relative token error at W4A4.
+        The changed groups (Linears that read one tensor share one choice), with the relative error at W4A4.
     """
     ops = _ops(model, batches, output)
     producers = trace_producers(model, ops, {n: t[:1] for n, t in batches[0].items()})
@@ -413,28 +463,29 @@ def equalize(
     groups = _groups(ops, producers, modules, insert)
     tokens = _tokens(model, batches, [g[0] for g in groups.values()], rows)
     changes = []
-    for (kind, source), names in groups.items():
-        linears = [modules[n] for n in names]
-        x = tokens[names[0]]
+    # What folds comes first: a value's Linear can take a scale only as long as it is a plain one.
+    for (kind, source), names in sorted(groups.items(), key=lambda group: group[0][0].startswith("insert")):
+        linears = [_linear(model, name) for name in names]
         fold = not kind.startswith("insert")
-        norm = modules.get(source)
         weight = torch.cat([layer.weight.detach().float() for layer in linears])
-        can_shift = kind.startswith("insert") or all(layer.bias is not None for layer in linears)
-        if kind == "norm":
-            can_shift = can_shift and getattr(norm, "bias", None) is not None
-        if kind == "attention":
-            can_shift = can_shift and getattr(modules[source], "bias", None) is not None
-        before, after, shift, scale, words = _choose(x, weight, can_shift=can_shift)
-        if after >= before:
+        can_shift = not fold or all(layer.bias is not None for layer in linears)
+        if fold:
+            maker = _linear(model, source) if kind == "attention" else model.get_submodule(source)
+            can_shift = can_shift and getattr(maker, "bias", None) is not None
+        choice = _choose(
+            tokens[names[0]], weight, can_shift=can_shift, can_copy=not fold, can_bypass=bypass and not fold
+        )
+        if choice.after >= choice.before:
             continue
         if fold:
             for layer in linears:
-                _absorb(layer, shift, scale)
-            _divide(modules[source], shift, scale)
+                _absorb(layer, choice.shift, choice.scale)
+            _divide(maker, choice.shift, choice.scale)
         else:
-            for name in names:
-                _replace(model, name, EqualizedLinear(modules[name], shift, scale))
-        changes.append(Change(tuple(names), "folded" if fold else "inserted", before, after, words))
+            for name, layer in zip(names, linears, strict=True):
+                _replace(model, name, EqualizedLinear(layer, choice.shift, choice.scale, choice.copies, choice.direct))
+        what = "folded" if fold else "inserted"
+        changes.append(Change(tuple(names), what, choice.before, choice.after, choice.words))
     return changes
 
 
@@ -445,49 +496,48 @@ def scale_neurons(
 
     A neuron whose peak exceeds `limit` times the median peak gets ``s = peak / (limit * median)`` in its row of the
     Linear before; the Linear behind takes `a` into its column and `b` into its bias. Not exact, because a GELU is
-    not homogeneous; a neuron whose fit explains less than 99 % of its variance is left alone.
+    not homogeneous; a neuron whose fit leaves more
+    than `UNEXPLAINED` of its variance is left alone.
 
     Returns:
         For each pair of Linears the largest peak before and after; the detail names the mean unexplained share.
     """
     ops = _ops(model, batches, output)
     producers = trace_producers(model, ops, {n: t[:1] for n, t in batches[0].items()})
-    modules = dict(model.named_modules())
     pairs = [
-        (name, p)
+        (name, producers[f"{name}.input"])
         for name, op in ops.items()
-        if op.kind == "linear"
-        and (p := producers[f"{name}.input"]).kind == "activation"
-        and len(p.linears) == 1
-        and isinstance(modules[name], nn.Linear)
-        and isinstance(modules[p.linears[0]], nn.Linear)
-        and modules[name].bias is not None
+        if op.kind == "linear" and producers[f"{name}.input"].kind == "activation"
     ]
-    before = _tokens(model, batches, [p.linears[0] for _, p in pairs], rows)
+    pairs = [(name, p) for name, p in pairs if len(p.linears) == 1]
+    tokens = _tokens(model, batches, [p.linears[0] for _, p in pairs], rows)
     changes = []
     for name, producer in pairs:
-        first, second, function = modules[producer.linears[0]], modules[name], modules[producer.module]
+        first, second = _linear(model, producer.linears[0]), _linear(model, name)
+        function = model.get_submodule(producer.module)
+        if second.bias is None:
+            continue
         with torch.no_grad():
-            z = first(before[producer.linears[0]].to(first.weight))
+            x = tokens[producer.linears[0]].to(first.weight)
+            z = first(x)
             y = function(z)
             peak = y.abs().amax(0)
             ceiling = limit * float(peak.median())
-            chosen, lost = [], []
+            lost = []
             for j in (peak > ceiling).nonzero().flatten().tolist() if ceiling > 0 else []:
                 s = float(peak[j]) / ceiling
-                small = function(z[:, j] / s)
-                a, b, unexplained = _line(small, y[:, j])
-                if unexplained <= 0.01:
-                    first.weight[j] /= s
-                    if first.bias is not None:
-                        first.bias[j] /= s
-                    second.bias += b * second.weight[:, j]
-                    second.weight[:, j] *= a
-                    chosen.append(j)
-                    lost.append(unexplained)
-            if chosen:
-                after = float(function(first(before[producer.linears[0]].to(first.weight))).abs().max())
-                detail = f"{len(chosen)} neuron(s), unexplained {sum(lost) / len(lost):.2%} of their variance"
+                a, b, unexplained = _line(function(z[:, j] / s), y[:, j])
+                if unexplained > UNEXPLAINED:
+                    continue
+                lost.append(unexplained)
+                first.weight[j] /= s
+                if first.bias is not None:
+                    first.bias[j] /= s
+                second.bias.add_(b * second.weight[:, j])
+                second.weight[:, j] *= a
+            if lost:
+                after = float(function(first(x)).abs().max())
+                detail = f"{len(lost)} neuron(s), unexplained {sum(lost) / len(lost):.2%} of their variance"
                 changes.append(Change((producer.linears[0], name), "neurons", float(peak.max()), after, detail))
     return changes
 
@@ -523,67 +573,141 @@ def _groups(
     return {key: names for key, names in groups.items() if key not in broken}
 
 
-def _choose(x: Tensor, weight: Tensor, *, can_shift: bool) -> tuple[float, float, Tensor, Tensor, str]:
-    """The shift and scale with the least token error at W4A4: (before, after, shift, scale, words)."""
-    zero = torch.zeros(x.shape[1])
-    y = x @ weight.T
-    centred = (y - y.mean(0)).square().sum(1)
-    power = centred.clamp_min(0.1 * float(centred.median()) + 1e-30)
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """A shift (K,), a scale (K,), copies (K,) and direct channels for one input tensor; errors without and with."""
+
+    shift: Tensor
+    scale: Tensor
+    copies: Tensor | None
+    words: str
+    direct: tuple[int, ...] = ()
+    before: float = 0.0
+    after: float = 0.0
+
+
+def _choose(x: Tensor, weight: Tensor, *, can_shift: bool, can_copy: bool, can_bypass: bool) -> _Choice:
+    """The candidate with the least error of the quantized Linear (see `_quantized_error`).
+
+    Args:
+        x: float32 (rows, K).
+        weight: float32 (N, K).
+        can_shift: whether channels may be shifted.
+        can_copy: whether channels may be copied.
+        can_bypass: whether channels may be led past the quantizer; each must earn `DIRECT_PRICE`.
+    """
+    neutral = _Choice(torch.zeros(x.shape[1]), torch.ones(x.shape[1]), None, "as it was")
+    before = _quantized_error(x, weight, neutral)
+    best, least, after = neutral, before, before
+    for candidate in _candidates(x, weight, can_shift, can_copy, can_bypass):
+        error = _quantized_error(x, weight, candidate)
+        priced = error * (1 + DIRECT_PRICE * len(candidate.direct))
+        if priced < least:
+            best, least, after = candidate, priced, error
+    return replace(best, before=before, after=after)
+
+
+def _candidates(x: Tensor, weight: Tensor, can_shift: bool, can_copy: bool, can_bypass: bool) -> Iterable[_Choice]:
     column = weight.square().mean(0).sqrt().clamp_min(1e-12)
-    before = best = _token_error(x, weight, zero, torch.ones_like(zero), y, power)
-    found, words = (zero, torch.ones_like(zero)), "as it was"
-    for shifted, shift in [("no shift", zero), ("shifted by the mean", x.mean(0))][: 2 if can_shift else 1]:
+    zero, one = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    for title, shift in [("no shift", zero), ("shifted by the mean", x.mean(0))][: 2 if can_shift else 1]:
         moved = x - shift
-        peak = moved.abs().amax(0).clamp_min(1e-6 * float(moved.abs().max()) + 1e-30)
-        spread = moved.square().mean(0).sqrt().clamp_min(1e-6 * float(moved.abs().max()) + 1e-30)
-        candidates = {"no scale": torch.ones_like(peak)}
-        for power_of in (0.5, 0.65, 0.8, 1.0):
-            candidates[f"peak^{power_of:g}"] = peak**power_of / column ** (1 - power_of)
-        for power_of in (0.5, 0.8):
-            candidates[f"rms^{power_of:g}"] = spread**power_of / column ** (1 - power_of)
+        least = 1e-6 * float(moved.abs().max()) + 1e-30
+        peak = moved.abs().amax(0).clamp_min(least)
+        spread = moved.square().mean(0).sqrt().clamp_min(least)
+        scales = {"no scale": one}
+        for p in (0.5, 0.65, 0.8, 1.0):
+            scales[f"peak^{p:g}"] = peak**p / column ** (1 - p)
+        for p in (0.5, 0.8, 1.0):
+            scales[f"rms^{p:g}"] = spread**p / column ** (1 - p)
         for times in (1.0, 2.0, 4.0):
-            candidates[f"peaks above {times:g} medians"] = (peak / (times * peak.median())).clamp_min(1)
-        for name, raw in candidates.items():
-            scale = raw / raw.log().mean().exp()
-            scale = scale.clamp(1 / MAX_SCALE, MAX_SCALE)
-            error = _token_error(x, weight, shift, scale, y, power)
-            if error < best:
-                best, found, words = error, (shift, scale), f"{shifted}, {name}"
-    return before, best, *found, words
+            scales[f"peaks above {times:g} medians"] = (peak / (times * peak.median())).clamp_min(1)
+        for name, raw in scales.items():
+            yield _Choice(shift, _centred(raw, one > 0), None, f"{title}, {name}")
+        for extra in EXTRA_CHANNELS if can_copy else ():
+            yield _Choice(shift, one, _copies(peak, one > 0, extra), f"{title}, {extra} copied channels")
+        for count in DIRECT_CHANNELS if can_bypass else ():
+            direct = peak.topk(min(count, len(peak))).indices
+            kept = one > 0
+            kept[direct] = False
+            # The places of the direct channels go to copies of others, so that K stays what it was.
+            copies, chosen = _copies(peak, kept, count), tuple(sorted(direct.tolist()))
+            for name in ("no scale", "peak^0.5", "peak^0.8", "rms^1"):
+                scale = _centred(scales[name], kept)
+                reduced = _copies(peak / scale, kept, count) if name != "no scale" else copies
+                yield _Choice(shift, scale, reduced, f"{title}, {name}, {count} direct", chosen)
 
 
-def _token_error(x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, y: Tensor, power: Tensor) -> float:
-    """Mean over tokens of |quantized output - y|^2 / power, with both operands at 4 bits and MSE ranges."""
-    moved, scaled = (x - shift) / scale, weight * scale
+def _centred(raw: Tensor, kept: Tensor) -> Tensor:
+    """Scales with geometric mean 1 over the kept channels, limited, and 1 at the others."""
+    scale = (raw / raw[kept].log().mean().exp()).clamp(1 / MAX_SCALE, MAX_SCALE)
+    return torch.where(kept, scale, torch.ones_like(scale))
+
+
+def _copies(peak: Tensor, kept: Tensor, extra: int) -> Tensor:
+    """How often each kept channel is there, so that with `extra` more channels the largest peak is least."""
+    copies = kept.long()
+    for _ in range(extra):
+        copies[torch.where(kept, peak / copies.clamp_min(1), -torch.ones_like(peak)).argmax()] += 1
+    return copies
+
+
+def _quantized_error(x: Tensor, weight: Tensor, choice: _Choice) -> float:
+    """Error of the Linear with both operands at 4 bits and MSE ranges: relative to each token, plus to all.
+
+    A mean over tokens of each token's relative error forgets the few tokens whose outputs are a hundred times
+    larger; the total error over the total power sees nothing else. A model needs both kinds of tokens.
+    """
+    copies = torch.ones(x.shape[1], dtype=torch.int64) if choice.copies is None else choice.copies
+    index = torch.repeat_interleave(torch.arange(x.shape[1]), copies)
+    centred = x - choice.shift
+    moved = (centred / (choice.scale * copies.clamp_min(1)))[:, index]
+    scaled = (weight * choice.scale)[:, index]
     histogram, grid, rows = Histogram(), Grid(4), Grid(4, granularity=PerAxis(0))
     histogram.update(moved)
     a = activation_parameters(histogram, grid, "mse")
     w = weight_parameters(scaled, rows, "mse")
     left = dequantize(quantize(moved, *a, grid), *a, grid)
     right = dequantize(quantize(scaled, *w, rows), *w, rows)
-    error = (left @ right.T + weight @ shift - y).square().sum(1)
-    return float((error / power).mean())
+    y = x @ weight.T
+    direct = list(choice.direct)
+    found = left @ right.T + weight @ choice.shift + centred[:, direct] @ weight[:, direct].T
+    error = (found - y).square().sum(1)
+    power = (y - y.mean(0)).square().sum(1)
+    each = power.clamp_min(0.1 * float(power.median()) + 1e-30)
+    return float((error / each).mean() + error.sum() / (power.sum() + 1e-30))
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    """The Linear at `name`, which may lie inside an `EqualizedLinear` by now."""
+    module = model.get_submodule(name)
+    if isinstance(module, EqualizedLinear):
+        module = module.linear
+    if not isinstance(module, nn.Linear):
+        raise ModelError(message(f"layer {name!r} cannot be changed", expected="a Linear", found=type(module).__name__))
+    return module
 
 
 def _absorb(layer: nn.Linear, shift: Tensor, scale: Tensor) -> None:
     """Make `layer` take ``(x - shift) / scale`` instead of x."""
     with torch.no_grad():
         if layer.bias is not None:
-            layer.bias += layer.weight @ shift.to(layer.weight)
+            layer.bias.add_(layer.weight @ shift.to(layer.weight))
         layer.weight *= scale.to(layer.weight)
 
 
-def _divide(producer: nn.Module, shift: Tensor, scale: Tensor) -> None:
+def _divide(maker: nn.Module, shift: Tensor, scale: Tensor) -> None:
     """Make a norm, or the Linear of attention's value, give ``(y - shift) / scale`` instead of y.
 
     Attention's context is a mean of values with weights that sum to 1, so what holds for a value holds for it.
     """
-    weight, bias = producer.weight, producer.bias
+    if not isinstance(maker, nn.LayerNorm | nn.Linear):
+        raise ModelError(message("not a LayerNorm or Linear", found=type(maker).__name__))
     with torch.no_grad():
-        s = scale.to(weight)
-        weight /= s.unsqueeze(1) if weight.dim() == 2 else s
-        if bias is not None:
-            bias.sub_(shift.to(bias)).div_(s)
+        s = scale.to(maker.weight)
+        maker.weight /= s.unsqueeze(1) if maker.weight.dim() == 2 else s
+        if maker.bias is not None:
+            maker.bias.sub_(shift.to(maker.bias)).div_(s)
 
 
 def _line(x: Tensor, y: Tensor) -> tuple[float, float, float]:
@@ -646,7 +770,7 @@ def _real(batch: Batch, x: Tensor) -> Tensor:
 
 
 def _moments(model: nn.Module, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean (K,) and regularized covariance (K, K) of each Linear's inputs, float64."""
+    """Mean (K,) and covariance (K, K) of each Linear's inputs, float64."""
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
 
     def watch(name: str) -> Any:
@@ -667,8 +791,7 @@ def _moments(model: nn.Module, batches: Iterable[Batch], names: Sequence[str]) -
     for name, (count, total, square) in sums.items():
         mean = total / count
         covariance = square / count - torch.outer(mean, mean)
-        ridge = RIDGE * float(covariance.diagonal().mean()) + 1e-30
-        result[name] = mean, covariance + ridge * torch.eye(len(mean), dtype=torch.float64)
+        result[name] = mean, covariance
     return result
 
 

@@ -24,7 +24,7 @@ from s2d_deploy.calibrate import Calibration, calibrate
 from s2d_deploy.condition import condition
 from s2d_deploy.console import Display, Step
 from s2d_deploy.data import Batch, Dataset, load_data
-from s2d_deploy.diagnose import diagnose
+from s2d_deploy.diagnose import diagnose_model
 from s2d_deploy.discovery import discover
 from s2d_deploy.errors import DataError, RecipeError, message
 from s2d_deploy.evaluate import Score, outputs, score, torch_run
@@ -162,19 +162,26 @@ class Pipeline:
         return self._stage("train", key, work)
 
     def diagnose(self) -> Stage:
-        """Outliers of the model before conditioning, layer by layer, in ``diagnosis.json``."""
+        """Outliers of the model before conditioning, by layer and by quantized site, in ``diagnosis.json``."""
         section = self.recipe.condition
 
         def work(folder: Path, step: Step) -> dict[str, Any]:
-            batches = self.data.calibration.batches(self.recipe.data.batch_size)
-            layers = diagnose(self.original.module, batches, k_max=section.k_max, tau=section.tau)
-            write_json(folder / "diagnosis.json", {"layers": [layer.to_dict() for layer in layers]})
-            flagged = sum(layer.flagged for layer in layers)
-            step.note = f"{flagged} of {len(layers)} layers flagged at tau {section.tau}"
-            return {"layers": len(layers), "flagged": flagged}
+            found = diagnose_model(
+                self.original.module,
+                lambda: self.data.calibration.batches(self.recipe.data.batch_size),
+                output=self.original.output,
+                k_max=section.k_max,
+                tau=section.tau,
+                progress=step,
+            )
+            write_json(folder / "diagnosis.json", found.to_dict() | {"tau": section.tau})
+            flagged = sum(layer.flagged for layer in found.layers)
+            step.note = f"{flagged} of {len(found.layers)} layers flagged at tau {section.tau}"
+            return {"layers": len(found.layers), "flagged": flagged, "helps": found.forecast.helps}
 
         key = {
             "weights": weights_sha256(self.original.module),
+            "output": self.original.output,
             "k_max": section.k_max,
             "tau": section.tau,
             "data": self.data.fingerprint,
