@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import tempfile
 import traceback
@@ -479,6 +480,9 @@ def _traceback_file(error: Exception) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code; every error of ours is one line on stderr, never a traceback."""
+    # Before torch loads: its workers would otherwise spin between operators, which on a busy machine costs several times
+    # the work itself (benchmarks/LOG.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     _OURS.setLevel(logging.WARNING)
     try:
