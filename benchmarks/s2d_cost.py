@@ -7,8 +7,8 @@ ViT-Base with random weights (the cost does not depend on them, but the iteratio
 worst case), a dominant triplet planted in each second MLP layer, so that all of these are flagged. Steps with and
 without S2D take turns in one process. Amortized: (step + what S2D adds to a step + refresh / m) / step, with the parts
 measured by themselves; direct: `--steps` whole steps with S2D acting, one refresh among them, over as many without.
-Measured by themselves are: the S2D part of a step, the decomposition of a refresh after a few steps of training, its
-calibration forward passes, and `torch.linalg.svd` of the same matrices.
+Measured by themselves are: the S2D part of a step, the decomposition of a refresh after every weight has moved by m
+learning rates in random directions, its calibration forward passes, and `torch.linalg.svd` of the same matrices.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from s2d_deploy.pcdr import OutlierCollector, forward_batches
 from s2d_deploy.s2d import S2D, S2DConfig
 from s2d_deploy.spectral import refreshed_triplets, weight_matrix, weighted_layers
 
+RATE = 1e-5
 STEP_LIMIT, REFRESH_LIMIT = 1.02, 0.1
 
 
@@ -61,7 +62,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def measure(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     model = vit_base(arguments.layers)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     config = S2DConfig(tau=0.5, refresh_every=arguments.m, decoupled_factor=1.0)
     calibration = [batch_of(arguments.batch, seed) for seed in range(100, 104)]
     train = batch_of(arguments.batch, 1)
@@ -84,24 +85,28 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
 
             def act() -> None:
                 s2d.before_step()
-                s2d.after_step(1e-5)
+                s2d.after_step(RATE)
 
             added.append(seconds(act))
         else:
-            s2d.after_step(1e-5)
+            s2d.after_step(RATE)
     if len(s2d.refreshes) != 1:
         raise SystemExit("a refresh fell among the plain steps: choose fewer --steps than --m")
 
     print("refresh ...", flush=True)
     layers = s2d.layers
-    matrices = [weight_matrix(layer) for layer in layers.values()]
+    # As far as AdamW can have moved every weight in m steps, in random directions: harder than any real training.
+    g = torch.Generator().manual_seed(0)
+    matrices = [
+        w + arguments.m * RATE * torch.randn(w.shape, generator=g).sign() for w in map(weight_matrix, layers.values())
+    ]
     warm = [s2d.triplets(name).V for name in layers]
     refresh_s = [seconds(lambda: refreshed_triplets(matrices, config.k_max, warm)) for _ in range(arguments.repeats)]
     found = refreshed_triplets(matrices, config.k_max, warm)
 
     def look() -> None:
         with OutlierCollector(model, top=config.outliers, layers=list(layers)):
-            forward_batches(model, calibration)
+            forward_batches(model, calibration[: config.refresh_batches])
 
     forward_s = seconds(look)
     print("full SVD ...", flush=True)
@@ -125,7 +130,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]
                 model(**train).logits.square().mean().backward()
                 s2d.before_step()
                 optimizer.step()
-                s2d.after_step(1e-5)
+                s2d.after_step(RATE)
 
             direct[kind] += seconds(pressed)
     refreshes = len(s2d.refreshes) - 1

@@ -109,7 +109,7 @@ class ConditionSection(_Section):
     k_max: int = Field(3, ge=1, le=64)
     refresh_every: int = Field(100, ge=1)
     refresh_drift: float | None = Field(None, gt=0, le=1, description="refresh earlier at this residual")
-    refresh_batches: int | None = Field(4, ge=1, description="calibration batches run at a refresh; null: all")
+    refresh_batches: int | None = Field(2, ge=1, description="calibration batches run at a refresh; null: all")
     split: dict[str, int] = Field(
         default_factory=dict, description="layer pattern -> matrices in it, e.g. '*.qkv': 3, or 3 x heads"
     )

@@ -46,7 +46,7 @@ class S2DConfig:
     decoupled_factor: float = 10.0
     refresh_drift: float | None = None
     drift_every: int = 10
-    refresh_batches: int | None = 4
+    refresh_batches: int | None = 2
     outliers: int = DEFAULT_OUTLIERS
     split: Mapping[str, int] = field(default_factory=dict)
 
