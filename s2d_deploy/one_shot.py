@@ -303,9 +303,10 @@ def shrink_triplets(
     For each triplet the new weight fulfils ``u^T W' v = factor * s``. With "none", ``W' = W - (1 - factor) s u v^T``.
     With "layer", of all W' that fulfil it, the one with the least ``E |(W' - W)(x - mean)|^2 + ridge |W' - W|^2``: with
     the inputs' covariance C, ``W' = W - (1 - factor) s u d^T``, ``d = (C + ridge)^-1 v / (v^T (C + ridge)^-1 v)``
-    (Lagrange); the bias takes the mean. Without a ridge, d grows along directions that the inputs hardly use, and
-    s_max may grow with it; so the least ridge of a grid is taken with which no singular value exceeds the largest that
-    plain shrinking leaves by more than 5 %.
+    (Lagrange); the bias takes the mean. Each token weighs one over the power of its output: unweighted, a few outlier
+    tokens rule, and their mean, put into the bias, drowns all others. Without a ridge, d grows along directions that
+    the inputs hardly use, and s_max may grow with it; so the least ridge of a grid is taken with which no singular
+    value exceeds the largest that plain shrinking leaves by more than 5 %.
 
     Args:
         model: changed in place.
@@ -365,8 +366,9 @@ def refit(
     """Least-squares compensation behind changed layers: each later Linear gives the original's outputs again.
 
     In execution order, for every Linear behind the first of `after`: with its inputs X' in the changed model and the
-    outputs Y that the original gave, ``W' = W + (Y - W X') X'^T (X' X'^T + ridge)^-1`` on centred values, the bias
-    takes the means. Two passes for each Linear, so that each sees those before it refitted.
+    outputs Y that the original gave, ``W' = W + (Y - W X') X'^T (X' X'^T + ridge)^-1`` on centred values; the bias
+    takes the means, and each token weighs one over the power of its output. Every Linear sees those before it
+    refitted, so the data is read once for each.
 
     Returns:
         For each layer the relative error of its output before and after.
@@ -391,7 +393,7 @@ def _refit_layer(model: nn.Module, original: nn.Module, batches: Sequence[Batch]
         key: torch.zeros(shape, dtype=torch.float64)
         for key, shape in {"x": (k,), "e": (n,), "xx": (k, k), "ex": (n, k), "ee": (n,), "y": (n,), "yy": (n,)}.items()
     }
-    count = 0
+    count, tokens = 0.0, 0
     for batch in batches:
         seen: dict[str, Tensor] = {}
         for which, root, module in (("new", model, layer), ("old", original, old)):
@@ -403,15 +405,16 @@ def _refit_layer(model: nn.Module, original: nn.Module, batches: Sequence[Batch]
         keep = _real(batch, seen["new x"])
         x, y = seen["new x"][keep].double(), seen["old y"][keep].double()
         e = y - seen["new y"][keep].double()
-        count += x.shape[0]
+        w = _token_weights(y if old.bias is None else y - old.bias.detach().double()).unsqueeze(1)
+        count, tokens = count + float(w.sum()), tokens + x.shape[0]
         for key, value in {
-            "x": x.sum(0),
-            "e": e.sum(0),
-            "xx": x.T @ x,
-            "ex": e.T @ x,
-            "ee": e.square().sum(0),
-            "y": y.sum(0),
-            "yy": y.square().sum(0),
+            "x": (w * x).sum(0),
+            "e": (w * e).sum(0),
+            "xx": x.T @ (w * x),
+            "ex": e.T @ (w * x),
+            "ee": (w * e.square()).sum(0),
+            "y": (w * y).sum(0),
+            "yy": (w * y.square()).sum(0),
         }.items():
             sums[key] += value
     mx, me, my = sums["x"] / count, sums["e"] / count, sums["y"] / count
@@ -429,7 +432,7 @@ def _refit_layer(model: nn.Module, original: nn.Module, batches: Sequence[Batch]
     left = float(
         (sums["ee"] / count - me.square()).sum() - 2 * (delta * cross).sum() + ((delta @ covariance) * delta).sum()
     )
-    return Change((name,), "refitted", error / power, max(left, 0.0) / power, f"ridge {RIDGE:g}, {count} tokens")
+    return Change((name,), "refitted", error / power, max(left, 0.0) / power, f"ridge {RIDGE:g}, {tokens} tokens")
 
 
 # ---- equalizing --------------------------------------------------------------------------------------------------
@@ -770,18 +773,22 @@ def _real(batch: Batch, x: Tensor) -> Tensor:
 
 
 def _moments(model: nn.Module, batches: Iterable[Batch], names: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean (K,) and covariance (K, K) of each Linear's inputs, float64."""
-    sums: dict[str, tuple[int, Tensor, Tensor]] = {}
+    """Mean (K,) and covariance (K, K) of each Linear's inputs, float64, tokens weighted as in `_token_weights`."""
+    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
     def watch(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(layer: nn.Linear, args: tuple[Tensor, ...], result: Tensor) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1]).double()
-            count, total, square = sums.get(name, (0, torch.zeros(()), torch.zeros(())))
-            sums[name] = count + x.shape[0], total + x.sum(0), square + x.T @ x
+            y = result.detach().reshape(-1, result.shape[-1]).double()
+            weights = _token_weights(y if layer.bias is None else y - layer.bias.detach().double())
+            zero = torch.zeros((), dtype=torch.float64)
+            count, total, square = sums.get(name, (zero, zero, zero))
+            weighted = x * weights.unsqueeze(1)
+            sums[name] = count + weights.sum(), total + weighted.sum(0), square + x.T @ weighted
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in names]
     try:
         forward_batches(model, batches)
     finally:
@@ -790,9 +797,14 @@ def _moments(model: nn.Module, batches: Iterable[Batch], names: Sequence[str]) -
     result = {}
     for name, (count, total, square) in sums.items():
         mean = total / count
-        covariance = square / count - torch.outer(mean, mean)
-        result[name] = mean, covariance
+        result[name] = mean, square / count - torch.outer(mean, mean)
     return result
+
+
+def _token_weights(y: Tensor) -> Tensor:
+    """One over each row's power: a relative error, because a norm follows. Rows of zeros weigh nothing."""
+    power = y.square().sum(1)
+    return torch.where(power > 0, 1 / power.clamp_min(1e-30), torch.zeros_like(power))
 
 
 def _keep(seen: dict[str, Tensor], which: str) -> Any:

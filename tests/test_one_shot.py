@@ -157,20 +157,24 @@ def test_compensation_in_the_layer_is_the_constrained_optimum() -> None:
     batches = [{"x": b["x"].double()} for b in correlated()]
     x = torch.cat([b["x"] for b in batches])
     original, errors = One().double(), {}
+    # Relative to each token: one over the power of its output without the bias.
+    weights = 1 / (original(x) - original.layer.bias).detach().square().sum(1)
+    weights /= weights.sum()
     u, s, vh = torch.linalg.svd(original.layer.weight.detach(), full_matrices=False)
     for compensate in ("none", "layer"):
         model = One().double()
         (change,) = shrink_triplets(model, batches, {"layer": 1}, factor=0.5, compensate=compensate)  # type: ignore[arg-type]
         with torch.no_grad():
-            errors[compensate] = float((model(x) - original(x)).square().sum(1).mean())
+            errors[compensate] = float((weights * (model(x) - original(x)).square().sum(1)).sum())
     assert errors["layer"] < errors["none"]
     assert change.after <= 1.05 * max(0.5 * float(s[0]), float(s[1])) * (1 + 1e-6)  # s_max does shrink
     # No other change that keeps u^T W' v where it is has a smaller sum of error and ridge (the bias takes the mean).
-    centred = x - x.mean(0)
-    ridge = float(change.detail.rpartition("ridge ")[2]) * float((centred.T @ centred / len(x)).diagonal().mean())
+    centred = x - (weights[:, None] * x).sum(0)
+    covariance = centred.T @ (weights[:, None] * centred)
+    ridge = float(change.detail.rpartition("ridge ")[2]) * float(covariance.diagonal().mean())
 
     def objective(delta: Tensor) -> float:
-        return float((centred @ delta.T).square().sum(1).mean() + ridge * delta.square().sum())
+        return float(((delta @ covariance) * delta).sum() + ridge * delta.square().sum())
 
     delta = model.layer.weight.detach() - original.layer.weight.detach()
     generator = torch.Generator().manual_seed(0)
