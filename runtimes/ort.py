@@ -20,8 +20,9 @@ import numpy as np
 import onnx
 
 from s2d_deploy.errors import ArtifactError, DataError, RuntimeUnavailable, message
+from s2d_deploy.feeds import Input, check_feeds
 from s2d_deploy.qgraph import load_model, metadata
-from s2d_deploy.session import Array, Artifact, Audit, Feeds, Rung, require_feeds
+from s2d_deploy.session import Array, Artifact, Audit, Feeds, Rung
 
 from ._cpu_features import byte_dot_product
 from ._ort_audit import audit_graph
@@ -55,7 +56,10 @@ class OrtSession:
         self._artifact, self._threads = artifact, threads
         self._path = artifact.path("model")
         self._session: Any = new_session(self._path, artifact.info, threads)
-        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        self._inputs = {
+            i.name: Input(None if i.type not in _TYPES else np.dtype(_TYPES[i.type]).name, tuple(i.shape))
+            for i in self._session.get_inputs()
+        }
         self._outputs = [o.name for o in self._session.get_outputs()]
         self._loaded: onnx.ModelProto | None = None
         self._tapped: Any = None
@@ -72,13 +76,13 @@ class OrtSession:
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Outputs by name. Raises DataError for a wrong name, dtype, rank or dimension."""
         session = self._open()
-        self._check(feeds)
+        check_feeds(feeds, self._inputs)
         return dict(zip(self._outputs, _run(session, self._outputs, feeds), strict=True))
 
     def codes(self, feeds: Feeds) -> dict[str, Array]:
         """Codes at every activation site in the plan's own type; sites that share a quantizer each get them."""
         self._open()
-        self._check(feeds)
+        check_feeds(feeds, self._inputs)
         sites = [(node, metadata(node)) for node in self._model.graph.node if SHIFT in metadata(node)]
         if not sites:
             return {}
@@ -133,23 +137,6 @@ class OrtSession:
         if self._loaded is None:
             self._loaded = load_model(self._path)
         return self._loaded
-
-    def _check(self, feeds: Feeds) -> None:
-        require_feeds(feeds, list(self._inputs))
-        for name, given in self._inputs.items():
-            array, expected = feeds[name], _TYPES.get(given.type)
-            if expected is not None and array.dtype != expected:
-                raise DataError(
-                    message(f"input {name!r}: wrong dtype", expected=np.dtype(expected).name, found=array.dtype.name)
-                )
-            # A dynamic dimension is a name, or None where the model does not name it.
-            fits = len(array.shape) == len(given.shape) and all(
-                not isinstance(want, int) or want == got for want, got in zip(given.shape, array.shape, strict=True)
-            )
-            if not fits:
-                expected_shape = "x".join(str(d) if d is not None else "?" for d in given.shape)
-                found_shape = "x".join(map(str, array.shape)) or "a scalar"
-                raise DataError(message(f"input {name!r}: wrong shape", expected=expected_shape, found=found_shape))
 
 
 class OrtRuntime:

@@ -26,6 +26,7 @@ from scipy.special import erf  # type: ignore[import-untyped]
 
 from s2d_deploy import __version__
 from s2d_deploy.errors import ArtifactError, DataError, RecipeError, UnsupportedError, message
+from s2d_deploy.feeds import Input, check_feeds
 from s2d_deploy.integer import (
     integer_conv2d,
     integer_matmul,
@@ -44,7 +45,6 @@ from s2d_deploy.session import (
     Rung,
     as_codes,
     lowest_rung,
-    require_feeds,
 )
 
 DOMAIN = "s2d_deploy.reference"
@@ -137,7 +137,7 @@ class ReferenceSession:
     def __init__(self, model: onnx.ModelProto) -> None:
         self._contractions = {c.name: c for c in contractions(model)}
         self._integer = {name: c for name, c in self._contractions.items() if _on_integers(c)}
-        self._inputs = {i.name: i.type.tensor_type for i in model.graph.input}
+        self._inputs = {i.name: _input(i.type.tensor_type) for i in model.graph.input}
         self._outputs = [o.name for o in model.graph.output]
         self._sites = _activation_sites(model)
         self._evaluator: ReferenceEvaluator | None = ReferenceEvaluator(
@@ -235,7 +235,7 @@ class ReferenceSession:
     def _evaluate(self, names: list[str], feeds: Feeds) -> dict[str, Array]:
         if self._evaluator is None:
             raise ArtifactError(message("this session is closed", fix="open the artifact again"))
-        _check_feeds(self._inputs, feeds)
+        check_feeds(feeds, self._inputs)
         values = self._evaluator.run(names, dict(feeds))
         return dict(zip(names, values, strict=True))
 
@@ -381,29 +381,6 @@ def _conv_arguments(c: Contraction) -> dict[str, Any]:
     }
 
 
-def _check_feeds(inputs: Mapping[str, Any], feeds: Feeds) -> None:
-    """Names, dtypes, ranks and dimensions; a named dimension must be the same wherever it occurs."""
-    require_feeds(feeds, list(inputs))
-    named: dict[str, tuple[int, str]] = {}
-    for name, declared in inputs.items():
-        array = feeds[name]
-        dtype = tensor_dtype_to_np_dtype(declared.elem_type)
-        dims = [d.dim_value or d.dim_param for d in declared.shape.dim]
-        shape = f"shape ({', '.join(str(d) for d in dims)})"
-        if not isinstance(array, np.ndarray) or array.dtype != dtype:
-            found = getattr(getattr(array, "dtype", None), "name", type(array).__name__)
-            raise DataError(message(f"input {name!r}: wrong dtype", expected=dtype.name, found=str(found)))
-        fits = array.ndim == len(dims) and all(
-            d == n for d, n in zip(dims, array.shape, strict=True) if isinstance(d, int)
-        )
-        if not fits:
-            raise DataError(message(f"input {name!r}: wrong shape", expected=shape, found=f"shape {array.shape}"))
-        for dim, size in zip(dims, array.shape, strict=True):
-            if isinstance(dim, str) and named.setdefault(dim, (size, name))[0] != size:
-                raise DataError(
-                    message(
-                        f"input {name!r}: dimension {dim!r} disagrees with input {named[dim][1]!r}",
-                        expected=str(named[dim][0]),
-                        found=f"{size} in shape {array.shape}",
-                    )
-                )
+def _input(declared: Any) -> Input:
+    dims = tuple(d.dim_value or d.dim_param or None for d in declared.shape.dim)
+    return Input(tensor_dtype_to_np_dtype(declared.elem_type).name, dims)

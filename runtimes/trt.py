@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from s2d_deploy.errors import ArtifactError, DataError, DeviceUnavailable, UnsupportedError, message
+from s2d_deploy.feeds import require_feeds
 from s2d_deploy.files import read_json
-from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung, require_feeds
+from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung
 
 from . import _trt_package as package
 from ._cuda_driver import Device, Driver

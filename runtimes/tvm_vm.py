@@ -25,7 +25,8 @@ from typing import Any, cast
 import numpy as np
 
 from s2d_deploy.errors import ArtifactError, DataError, DeviceUnavailable, RuntimeUnavailable, UnsupportedError, message
-from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung, lowest_rung, require_feeds
+from s2d_deploy.feeds import Input, check_feeds
+from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung, lowest_rung
 
 from ._cpu_features import byte_dot_product, cpu_name, missing_features
 from ._tvm_artifact import LIBRARY, read_description, read_parameters
@@ -169,25 +170,13 @@ class TvmSession:
 
     def _checked(self, feeds: Feeds) -> dict[str, Array]:
         self._open()
-        inputs = self._about["inputs"]
-        require_feeds(feeds, [i["name"] for i in inputs])
-        for given in inputs:
-            name, array = given["name"], feeds[given["name"]]
-            if array.dtype.name != given["dtype"]:
-                raise DataError(
-                    message(f"input {name!r}: wrong dtype", expected=given["dtype"], found=array.dtype.name)
-                )
-            wanted = given["shape"]
-            if len(wanted) != array.ndim or any(w not in (-1, g) for w, g in zip(wanted, array.shape, strict=True)):
-                raise DataError(
-                    message(
-                        f"input {name!r}: a shape that this artifact was not built for",
-                        expected=_shape_text(wanted, self._about["batch_dimension"]),
-                        found="x".join(map(str, array.shape)),
-                        fix="feed that shape, or build for yours with the option `shapes`",
-                    )
-                )
-        return {i["name"]: feeds[i["name"]] for i in inputs}
+        batch = self._about["batch_dimension"]
+        inputs = {
+            i["name"]: Input(i["dtype"], tuple(batch if d == -1 else d for d in i["shape"]))
+            for i in self._about["inputs"]
+        }
+        check_feeds(feeds, inputs, fix="feed that shape, or build for yours with the option `shapes`")
+        return {name: feeds[name] for name in inputs}
 
     def _samples(self, arrays: dict[str, Array]) -> int:
         batched = [i["name"] for i in self._about["inputs"] if i["shape"] and i["shape"][0] == -1]

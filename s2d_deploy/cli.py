@@ -248,7 +248,18 @@ def condition(as_json: bool, **options: Any) -> None:
     """Train (where the recipe says so) and press the outliers down with S2D.
 
     The result, <output>/condition, is a checkpoint that transformers loads with from_pretrained.
+
+    \b
+    On two processes:
+      torchrun --nproc-per-node 2 -m s2d_deploy.cli condition my.yaml
     """
+    from s2d_deploy.follow import follow, rank
+
+    if rank() > 0:  # the first process owns the folder and says what is to be done
+        from s2d_deploy.recipe import load_recipe
+
+        follow(load_recipe(options["recipe"], options["overrides"]))
+        return
     with _opened(**options) as pipeline:
         stage = pipeline.condition()
     _print({"stage": stage.name, "folder": str(stage.folder), **stage.info}, as_json, lambda: _say_stages([stage]))
@@ -480,8 +491,8 @@ def _traceback_file(error: Exception) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point. Returns the exit code; every error of ours is one line on stderr, never a traceback."""
-    # Before torch loads: its workers would otherwise spin between operators, which on a busy machine costs several times
-    # the work itself (benchmarks/LOG.md).
+    # Before torch loads: its workers would otherwise spin between operators, which on a busy machine costs several
+    # times the work itself (benchmarks/LOG.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     _OURS.setLevel(logging.WARNING)

@@ -227,24 +227,6 @@ class Target(Protocol):
         ...
 
 
-def require_feeds(feeds: Feeds, names: Sequence[str]) -> None:
-    """Check the names of `feeds` against the model's inputs.
-
-    Raises:
-        DataError: an input is missing or unknown.
-    """
-    from s2d_deploy.errors import DataError, message
-
-    if set(feeds) != set(names):
-        raise DataError(
-            message(
-                "the fed inputs are not the model's",
-                expected=", ".join(sorted(names)),
-                found=", ".join(sorted(feeds)) or "nothing",
-            )
-        )
-
-
 def lowest_rung(rungs: Sequence[Rung]) -> Rung:
     """The weakest of several rungs; ``"float"`` for none."""
     order: tuple[Rung, ...] = ("native", "emulated", "weight-only", "dequantized")

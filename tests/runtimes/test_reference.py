@@ -122,7 +122,7 @@ def test_named_dimensions_must_agree(exported):
         session.run({"input_ids": ids, "attention_mask": np.ones((2, 4), np.int64)})
     assert str(caught.value) == (
         "input 'attention_mask': dimension 'sequence' disagrees with input 'input_ids'. Expected: 5. "
-        "Found: 4 in shape (2, 4)."
+        "Found: 4 in shape 2x4."
     )
 
 
