@@ -21,13 +21,14 @@ from torch import nn
 
 from s2d_deploy import __version__
 from s2d_deploy.calibrate import Calibration, calibrate
-from s2d_deploy.condition import condition
+from s2d_deploy.condition import ConditioningResult, condition
 from s2d_deploy.console import Display, Step
 from s2d_deploy.data import Batch, Dataset, load_data
 from s2d_deploy.diagnose import diagnose_model
 from s2d_deploy.discovery import discover
 from s2d_deploy.errors import DataError, RecipeError, message
 from s2d_deploy.evaluate import Score, outputs, score, torch_run
+from s2d_deploy.follow import tell
 from s2d_deploy.host import versions
 from s2d_deploy.models import LoadedModel, load_model, save_checkpoint
 from s2d_deploy.observers import Histogram
@@ -192,45 +193,18 @@ class Pipeline:
     def condition(self) -> Stage:
         """Condition the weights with S2D (or copy them, for method none)."""
         section = self.recipe.condition
+        trained: list[bool] = []
 
         def work(folder: Path, step: Step) -> dict[str, Any]:
             if self._scored_by_reference:
                 _ = self._reference  # before the weights are changed in place
-            module, samples = self.original.module, self.data.calibration
+            module = self.original.module
             if section.method == "none" or section.steps == 0:
                 save_checkpoint(module, folder)
                 return {"method": "none"}
-            config = None if section.method != "s2d" else self._s2d_config()
-            epochs = iter(range(1_000_000))
-
-            def epoch_batches() -> Iterator[Batch]:
-                seed = section.seed * 10_007 + next(epochs)
-                if section.objective == "task":
-                    return self.data.train.labelled_batches(section.batch_size, shuffle_seed=seed)
-                return self.data.train.batches(section.batch_size, shuffle_seed=seed)
-
-            result = condition(
-                module,
-                section.objective,
-                epoch_batches,
-                list(samples.batches(self.recipe.data.batch_size)),
-                config,
-                steps=section.steps,
-                lr=section.learning_rate,
-                warmup=section.warmup,
-                seed=section.seed,
-                adam_decay=section.decay if section.method == "weight-decay" else 0.0,
-                optimizer="muon" if section.method == "muon" else "adamw",
-                plan=None if section.qat is None else self._qat_plan,
-                accumulate=section.accumulate,
-                autocast=section.autocast,
-                metric=lambda m: (
-                    self.score(
-                        outputs(torch_run(m, self.original.output), self.original.output, self.test_batches())
-                    ).value
-                ),
-                progress=lambda done, total, loss: step.advance(done, total, f"loss {loss:.4f}"),
-            )
+            tell({"train": True, "checkpoint": str(self.train().folder) if self.recipe.train else None})
+            trained.append(True)
+            result = self._train_conditioned(step)
             save_checkpoint(module, folder)
             document = result.to_dict()
             # Not in the file: equal weights and findings give equal bytes, however long they took.
@@ -246,11 +220,56 @@ class Pipeline:
             "data": self.data.fingerprint,
         }
         stage = self._stage("condition", key, work)
+        if not trained:
+            tell({"train": False})
         if not stage.cached:
             self.__dict__.pop("original", None)  # it was conditioned in place; load it anew when asked for
             if self.recipe.train is None:
                 self.__dict__.pop("_untrained", None)
         return stage
+
+    @classmethod
+    def trained_along(cls, recipe: Recipe, model: LoadedModel, display: Display) -> None:
+        """What `follow` does: the training steps of `condition` on a process that owns no run folder."""
+        pipeline = cls(recipe, None, display)  # type: ignore[arg-type]  # no stage is run here
+        pipeline.__dict__["original"] = model
+        if pipeline._scored_by_reference:
+            _ = pipeline._reference
+        with display.step("condition") as step:
+            pipeline._train_conditioned(step)
+
+    def _train_conditioned(self, step: Step) -> ConditioningResult:
+        """Train the original in place."""
+        section = self.recipe.condition
+        config = None if section.method != "s2d" else self._s2d_config()
+        epochs = iter(range(1_000_000))
+
+        def epoch_batches() -> Iterator[Batch]:
+            seed = section.seed * 10_007 + next(epochs)
+            if section.objective == "task":
+                return self.data.train.labelled_batches(section.batch_size, shuffle_seed=seed)
+            return self.data.train.batches(section.batch_size, shuffle_seed=seed)
+
+        return condition(
+            self.original.module,
+            section.objective,
+            epoch_batches,
+            list(self.data.calibration.batches(self.recipe.data.batch_size)),
+            config,
+            steps=section.steps,
+            lr=section.learning_rate,
+            warmup=section.warmup,
+            seed=section.seed,
+            adam_decay=section.decay if section.method == "weight-decay" else 0.0,
+            optimizer="muon" if section.method == "muon" else "adamw",
+            plan=None if section.qat is None else self._qat_plan,
+            accumulate=section.accumulate,
+            autocast=section.autocast,
+            metric=lambda m: (
+                self.score(outputs(torch_run(m, self.original.output), self.original.output, self.test_batches())).value
+            ),
+            progress=lambda done, total, loss: step.advance(done, total, f"loss {loss:.4f}"),
+        )
 
     def _s2d_config(self) -> S2DConfig:
         section = self.recipe.condition
