@@ -157,7 +157,15 @@ def _fold(
     if any(i not in constants for i in names) or any(a.HasField("g") for a in node.attribute):
         return False
     feeds = {i: numpy_helper.to_array(constants[i]) for i in names}
-    results: list[Any] = list(ReferenceEvaluator(_single(node, constants, opset)).run(None, feeds))
+    if node.op_type == "GatherElements":
+        # The reference evaluator goes through np.choose, which takes at most 64 arrays.
+        data, index = feeds[names[0]], feeds[names[1]]
+        axis = int(attributes(node).get("axis", 0)) % data.ndim
+        index = np.where(index < 0, index + data.shape[axis], index)
+        part = data[tuple(slice(None) if d == axis else slice(n) for d, n in enumerate(index.shape))]
+        results: list[Any] = [np.take_along_axis(part, index, axis)]
+    else:
+        results = list(ReferenceEvaluator(_single(node, constants, opset)).run(None, feeds))
     read = max([_SMALL, *(a.size for a in feeds.values())])
     if any(r.dtype.kind == "f" and r.size > read for r in results):
         return False
