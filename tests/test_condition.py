@@ -211,6 +211,54 @@ def test_a_loss_that_becomes_nan_stops_and_keeps_the_last_good_weights() -> None
     assert all(torch.equal(value, kept[4][name]) for name, value in model.state_dict().items())
 
 
+def test_an_interrupted_save_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, saves = tmp_path / "state.pt", []
+    really = torch.save
+
+    def killed(state: Any, file: Any) -> None:
+        saves.append(len(state["losses"]))
+        if len(saves) == 2:
+            file.write(b"half of a checkpoint")
+            raise KeyboardInterrupt
+        really(state, file)
+
+    expected = run(whole := vit())
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(vit(), checkpoint_path=path, checkpoint_every=4)
+    assert saves == [4, 8]
+    assert torch.load(path, weights_only=True)["losses"] == expected.losses[:4]
+    run(resumed := vit(), checkpoint_path=path, checkpoint_every=4)
+    assert saves == [4, 8, 8, 12]
+    assert equal(whole, resumed)
+    assert list(tmp_path.iterdir()) == [path]  # the half one was overwritten and renamed
+
+
+def test_nan_names_the_checkpoint_that_is_left(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def loss(m: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return m(**batch).logits.square().mean() * (float("nan") if len(calls) == 6 else 1.0)
+
+    path = tmp_path / "state.pt"
+    with pytest.raises(ModelError, match=r"stopped at step 6.*; .*state.pt holds the last checkpoint"):
+        run(vit(), loss, checkpoint_path=path, checkpoint_every=2)
+    assert len(torch.load(path, weights_only=True)["losses"]) == 4
+
+
+def test_a_dead_layer_is_left_alone() -> None:
+    model = vit()
+    dead = next(n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight.shape == (32, 16))
+    with torch.no_grad():
+        dict(model.named_modules())[dead].weight.zero_()
+    result = run(model, steps=4)
+    layer = next(entry for entry in result.layers if entry["name"] == dead)
+    assert not layer["flagged"]
+    assert layer["before"]["pcdr"] == [0.0, 0.0, 0.0]
+    assert any(entry["flagged"] for entry in result.layers)
+
+
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights() -> None:
     model = vit()
 
