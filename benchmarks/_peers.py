@@ -147,6 +147,7 @@ def _onnxruntime(name: str, bench: Bench, batch: int, threads: int) -> Peer:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # as our own sessions: spin in runs, not after
     session = onnxruntime.InferenceSession(stage.folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     feeds = bench.feeds(batch)
     how = (

@@ -17,6 +17,9 @@ _FATAL_ONLY = (
     4  # onnxruntime's log severity: what it logs as an error it raises as well, and ours is the message to read
 )
 _IN_MEMORY_BELOW = 1 << 30  # bytes; a protobuf ends at 2 GB
+# Workers spin within a run, not after it: several sessions live side by side here, and on two cores the idle ones
+# took every other run of a neighbour to twice its time (benchmarks/LOG.md).
+_QUIET_BETWEEN_RUNS = ("session.force_spinning_stop", "1")
 # INT4 Q/DQ that onnxruntime fuses to MatMulNBits would get level 4: activations rounded to INT8.
 _FLOAT_ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "1")
 # Without VNNI, x86 multiplies UINT8 x INT8 with 16-bit sums that saturate; this takes the exact UINT8 x UINT8 kernel.
@@ -67,6 +70,7 @@ def new_session(model: Path | bytes, info: Mapping[str, Any], threads: int, opti
     }[info.get("graph_optimization_level", "all")]
     options.log_severity_level = _FATAL_ONLY
     options.add_session_config_entry(*_FLOAT_ACTIVATIONS)
+    options.add_session_config_entry(*_QUIET_BETWEEN_RUNS)
     if byte_dot_product() is None:
         options.add_session_config_entry(*_EXACT_WITHOUT_VNNI)
     if optimized is not None:
