@@ -5,7 +5,7 @@
 Attributes every quantized site, then measures each one-shot variant: cosine of the float output to the original's,
 and of the simulation at W8A8, W4A8 and W4A4 with MSE and absmax ranges, on sentences that nothing was chosen on.
 Calibration and held-out sentences come from a seeded shuffle of the corpus; the last ones are held out.
-Writes minilm-attribution-DATE.json and minilm-one-shot-DATE.json into benchmarks/results (or --folder); the second
+Writes DATE-minilm-attribution.json and DATE-minilm-one-shot.json into benchmarks/results (or --results); the second
 anew after every variant, so that nothing is lost. An empty --variants attributes only.
 """
 
@@ -49,7 +49,11 @@ def batches(lines: list[str], tokenizer: Any, length: int, size: int) -> list[di
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/minilm_one_shot.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", required=True, help="folder or hub id of the encoder")
     parser.add_argument("--data", required=True, type=Path, help="text file, one sentence a line")
     parser.add_argument("--calibration", type=int, default=256, help="sentences to choose on")
@@ -62,7 +66,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["mse", "absmax"], choices=["mse", "absmax", "percentile"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "results", help="for the JSON files")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="for the JSON files")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     from transformers import AutoTokenizer
@@ -76,9 +80,9 @@ def main() -> None:
     calibration = batches([lines[i] for i in order[: a.calibration]], tokenizer, a.length, 16)
     held_out = batches([lines[i] for i in order[-a.held_out :]], tokenizer, a.length, 20)
     now = datetime.now(UTC)
-    a.folder.mkdir(parents=True, exist_ok=True)
-    path = a.folder / f"minilm-one-shot-{now:%Y-%m-%d}.json"
-    settings = {k: v for k, v in vars(a).items() if k not in ("model", "data", "folder")}
+    a.results.mkdir(parents=True, exist_ok=True)
+    path = a.results / f"{now:%Y-%m-%d}-minilm-one-shot.json"
+    settings = {k: v for k, v in vars(a).items() if k not in ("model", "data", "results")}
     document: dict[str, Any] = {
         "date": now.isoformat(timespec="seconds"),
         "command": "python benchmarks/minilm_one_shot.py --model MODEL --data CORPUS",
@@ -96,7 +100,7 @@ def main() -> None:
         "forecast": found.forecast.to_dict(),
         "sites": [site.to_dict() for site in found.sites],
     }
-    sites = a.folder / f"minilm-attribution-{now:%Y-%m-%d}.json"
+    sites = a.results / f"{now:%Y-%m-%d}-minilm-attribution.json"
     sites.write_text(json.dumps(document | attribution, indent=1) + "\n")
     document |= {"flagged": flagged, "variants": []}
     print(found.forecast.sentence, flush=True)
