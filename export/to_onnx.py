@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from s2d_deploy import __version__
 from s2d_deploy.errors import ModelError, message
 from s2d_deploy.fake_quant import quantize
+from s2d_deploy.grid import Grid, PerToken
 from s2d_deploy.plan import Plan, Site
 from s2d_deploy.simulation import simulate
 
@@ -192,15 +193,14 @@ def _pair(  # type: ignore[no-untyped-def]
     x, scale, zero_point, bits: int, signed: bool, narrow: bool, axis: int | None = None, block: int | None = None
 ):
     """One static quantizer as Q/DQ. The zero point is always written: some runtimes need it to pick the type."""
-    container = _STORAGE[f"{'' if signed else 'U'}INT{4 if bits <= 4 else 8}"][0]
+    grid = Grid(bits, signed=signed, narrow=narrow)
+    container = _STORAGE[grid.storage][0]
     attributes = {} if axis is None else {"axis": axis} if block is None else {"axis": axis, "block_size": block}
     typed = op21.Cast(zero_point, to=container.value)
     if bits not in (4, 8) or narrow:
-        low = (-(1 << (bits - 1)) + int(narrow)) if signed else 0
-        high = ((1 << (bits - 1)) - 1) if signed else (1 << bits) - 1
         offset = op21.Cast(zero_point, to=ir.DataType.FLOAT.value)
-        lower = op21.Mul(op21.Sub(op21.Constant(value_float=float(low)), offset), scale)
-        upper = op21.Mul(op21.Sub(op21.Constant(value_float=float(high)), offset), scale)
+        lower = op21.Mul(op21.Sub(op21.Constant(value_float=float(grid.qmin)), offset), scale)
+        upper = op21.Mul(op21.Sub(op21.Constant(value_float=float(grid.qmax)), offset), scale)
         if axis is None:
             x = op21.Clip(x, lower, upper)
     codes = op21.QuantizeLinear(x, scale, typed, **attributes)
@@ -209,12 +209,12 @@ def _pair(  # type: ignore[no-untyped-def]
 
 def _token_pair(x, bits: int):  # type: ignore[no-untyped-def]
     """One per-token quantizer: a run-time scale for each vector along the last axis."""
-    container = _STORAGE[f"INT{4 if bits <= 4 else 8}"][0]
-    qmax = (1 << (bits - 1)) - 1
+    grid = Grid(bits, granularity=PerToken())
+    container = _STORAGE[grid.storage][0]
     absmax = op21.ReduceMax(op21.Abs(x), op21.Constant(value_ints=[-1]), keepdims=1)
     one = op21.Constant(value_float=1.0)
     zero = op21.Constant(value_float=0.0)
-    scale = op21.Where(op21.Greater(absmax, zero), op21.Div(absmax, op21.Constant(value_float=float(qmax))), one)
+    scale = op21.Where(op21.Greater(absmax, zero), op21.Div(absmax, op21.Constant(value_float=float(grid.qmax))), one)
     # The whole token is one block, so the scale is spread over it: ONNX wants a static block size, a Div does not.
     codes = op21.QuantizeLinear(op21.Div(x, scale), one, op21.Cast(op21.Constant(value_int=0), to=container.value))
     return op21.Mul(op21.DequantizeLinear(codes, one, op21.Cast(op21.Constant(value_int=0), to=container.value)), scale)

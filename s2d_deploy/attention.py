@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ATTENTION_NAME = "s2d_deploy"
-OPERANDS = ("query", "key", "probs", "value")
 Watcher = Callable[[nn.Module, str, Tensor], None]
 
 _watcher: ContextVar[Watcher | None] = ContextVar("attention_watcher", default=None)

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,6 @@ from s2d_deploy.pixels import image_statistics, read_images
 if TYPE_CHECKING:
     from s2d_deploy.recipe import DataSection
 
-Split = Literal["train", "calibration", "test"]
 Batch = dict[str, Tensor]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 TEXT_SUFFIXES = (".txt", ".md", ".text")

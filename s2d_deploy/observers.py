@@ -22,7 +22,6 @@ from s2d_deploy.fake_quant import expand_parameter
 from s2d_deploy.grid import Grid, PerAxis, PerBlock, PerTensor
 
 Method = Literal["absmax", "percentile", "mse"]
-METHODS: tuple[Method, ...] = ("absmax", "percentile", "mse")
 HALF_BINS = 16384
 # Below this magnitude bins would be narrower than FP32 can divide by; such values lie in the bins beside zero.
 _LEAST_LIMIT = 2.0**-100

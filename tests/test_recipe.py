@@ -421,6 +421,8 @@ def test_any_yaml_text_gives_a_recipe_or_a_recipe_error(
     path.write_text(yaml.safe_dump(minimal(**{key: value})) + tail, encoding="utf-8", errors="surrogatepass")
     for overrides in ([], [tail], [f"{key}={tail}"]):
         try:
-            json.dumps(load_recipe(str(path), overrides).document(), allow_nan=False)
+            recipe = load_recipe(str(path), overrides)
         except RecipeError:
             continue
+        json.dumps(recipe.document(), allow_nan=False)
+        assert parse_recipe(recipe.document()) == recipe
