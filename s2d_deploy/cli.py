@@ -267,11 +267,24 @@ def condition(as_json: bool, **options: Any) -> None:
 
 @cli.command(short_help="Calibrate, plan each precision, measure its simulation.")
 @_recipe_options
-def quantize(as_json: bool, **options: Any) -> None:
-    """Calibrate, make the plan of each precision, and measure its simulation.
+@click.option("--preset", help="Precisions and passes by name: the recipe's own keys give way. See the list below.")
+def quantize(as_json: bool, preset: str | None, **options: Any) -> None:
+    """Calibrate, run the recipe's passes, make the plan of each precision, and measure its simulation.
 
-    Writes <output>/quantize/<precision>: plan.json and plan.safetensors hold every grid, scale and zero point.
+    Writes <output>/quantize/<precision>: plan.json and plan.safetensors hold every grid, scale and zero point;
+    changed.safetensors the weights that a pass has changed.
+
+    \b
+    Presets: int8, int8_smoothquant, int4_awq, int4_gptq, w4a8, w4a4, w4a4_rotated, w4a4_erq, w4a4_repq, nvfp4
+    Examples:
+      s2d-deploy quantize my.yaml --preset w4a4_erq
+      s2d-deploy quantize my.yaml --set "quantize.passes=[smoothquant, ranges, gptq]" --precision w4a8
     """
+    if preset is not None:
+        from s2d_deploy.ptq.presets import preset as keys_of
+
+        keys = {"preset": preset, **keys_of(preset)}
+        options["overrides"] = (*(f"quantize.{k}={json.dumps(v)}" for k, v in keys.items()), *options["overrides"])
     with _opened(**options) as pipeline:
         stages = [pipeline.quantize(p) for p in pipeline.precisions]
     _print([{"stage": s.name, "folder": str(s.folder), **s.info} for s in stages], as_json, lambda: _say_stages(stages))

@@ -9,6 +9,7 @@ matter, so a changed recipe redoes exactly what it touches. Each stage is one me
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -30,10 +31,12 @@ from s2d_deploy.errors import DataError, RecipeError, message
 from s2d_deploy.evaluate import Score, outputs, score, torch_run
 from s2d_deploy.follow import tell
 from s2d_deploy.host import versions
-from s2d_deploy.models import LoadedModel, load_model, save_checkpoint
+from s2d_deploy.models import LoadedModel, load_model, save_checkpoint, save_companions
 from s2d_deploy.observers import Histogram
 from s2d_deploy.plan import Op, Plan
 from s2d_deploy.precision import BASELINE, parse_precision
+from s2d_deploy.ptq.input_transform import load_changes, save_changes
+from s2d_deploy.ptq.passes import Context, Quantized, parse_steps, run_passes
 from s2d_deploy.quantize import QuantizeConfig, build_plan
 from s2d_deploy.recipe import QuantizeSection, Recipe
 from s2d_deploy.registry import load_exporter
@@ -106,9 +109,15 @@ class Pipeline:
         """The plan of a precision; the baseline's has no sites."""
         return Plan.load(self.quantize(precision).folder)
 
+    def quantized_model(self, precision: str) -> nn.Module:
+        """The float model behind a precision's passes: its weights lie where they put them."""
+        module = copy.deepcopy(self.model.module)
+        load_changes(module, self.quantize(precision).folder)
+        return module
+
     def simulated(self, precision: str) -> nn.Module:
         """The simulation of a precision."""
-        return simulate(self.model.module, self.plan(precision)).eval()
+        return simulate(self.quantized_model(precision), self.plan(precision)).eval()
 
     def simulated_outputs(self, precision: str) -> Array:
         """The simulation's outputs on the test split."""
@@ -199,6 +208,7 @@ class Pipeline:
             if self._scored_by_reference:
                 _ = self._reference  # before the weights are changed in place
             module = self.original.module
+            save_companions(self.original.source, folder)
             if section.method == "none" or section.steps == 0:
                 save_checkpoint(module, folder)
                 return {"method": "none"}
@@ -342,17 +352,18 @@ class Pipeline:
     def quantize(self, precision: str) -> Stage:
         """Plan and simulated outputs of one precision; for the baseline an empty plan and the float outputs."""
         section = self.recipe.quantize
-        config = self._quantize_config()
 
         def work(folder: Path, step: Step) -> dict[str, Any]:
-            if precision == BASELINE:
-                plan = Plan(BASELINE, dict(self.ops))
-            else:
-                statistics = Calibration.load(self.calibrate().folder / "calibration.safetensors")
-                plan = build_plan(self.model.module, self.ops, statistics, precision, config)
+            quantized = Quantized(self.model.module, Plan(BASELINE, dict(self.ops)))
+            if precision != BASELINE:
+                quantized = run_passes(
+                    self.model.module, self.ops, precision, parse_steps(section.passes), self._context(step)
+                )
+            plan = quantized.plan
             plan.save(folder)
+            save_changes(self.model.module, quantized.model, folder)
             step("simulating")
-            module = simulate(self.model.module, plan).eval()
+            module = simulate(quantized.model, plan).eval()
             total, done = self.data.test.size, 0
 
             def on_batch(n: int) -> None:
@@ -376,6 +387,21 @@ class Pipeline:
         }
         return self._stage(f"quantize/{precision}", key, work)
 
+    def _context(self, step: Step) -> Context:
+        """What the passes read. Ranges of the untouched model come from the calibrate stage."""
+        untouched = weights_sha256(self.model.module)
+        stage = self.calibrate().folder / "calibration.safetensors"
+
+        def batches() -> Iterator[Batch]:
+            return self.data.calibration.batches(self.recipe.data.batch_size)
+
+        def statistics(module: nn.Module, ops: Mapping[str, Op]) -> Calibration:
+            if weights_sha256(module) == untouched:
+                return Calibration.load(stage)
+            return calibrate(module, ops, batches(), step)
+
+        return Context(batches, self.model.output, self._quantize_config(), self.recipe.data.seed, step, statistics)
+
     def onnx(self, precision: str) -> Stage:
         """The common ONNX file of one precision."""
 
@@ -383,7 +409,7 @@ class Pipeline:
             sample = next(iter(self.data.test.batches(2)))
             dynamic = {name: {1: "sequence"} for name in sample} if self.data.max_sequence else {}
             load_exporter()(
-                self.model.module,
+                self.quantized_model(precision),
                 self.plan(precision),
                 sample,
                 [self.model.output],
@@ -455,7 +481,7 @@ def _quantize_key(section: QuantizeSection, precision: str) -> dict[str, Any]:
     """What the plan of one precision depends on. Blocks serve weight-only precisions, which overrides may bring in."""
     names = (precision, *section.overrides.values())
     blocked = any(parse_precision(name).activations == 16 for name in names)
-    unread = {"precisions"} if blocked else {"precisions", "block_size"}
+    unread = {"precisions", "preset"} if blocked else {"precisions", "preset", "block_size"}
     return {k: v for k, v in _dump(section).items() if k not in unread}
 
 

@@ -62,7 +62,8 @@ class DataSection(_Section):
         description="digits (scikit-learn), image folders, text, npz"
     )
     path: str | None = Field(
-        None, description="images: folder with train/CLASS/* and test/CLASS/*; text: file or folder; npz: file"
+        None,
+        description="images: a folder, also with class folders, train/ and test/; text: file or folder; npz: file",
     )
     calibration_samples: int = Field(256, ge=1, description="taken from the training split")
     test_samples: int = Field(1000, ge=1, description="at most this many of the test split")
@@ -71,6 +72,7 @@ class DataSection(_Section):
     tokenizer: str | None = Field(None, description="text: folder or id; default: the model's own")
     image_size: int | None = Field(None, ge=1, description="images: side in pixels; default: the model's")
     channels: Literal[1, 3] | None = Field(None, description="images: default: the model's")
+    labels: bool = Field(True, description="images: class folders are the model's labels; false: unlabelled")
     seed: int = Field(0, ge=0, le=_MAX_SEED)
 
 
@@ -156,7 +158,11 @@ class ConditionSection(_Section):
 class QuantizeSection(_Section):
     """Ranges and layers."""
 
+    preset: str | None = Field(None, description="precisions and passes by name; other keys of this section win")
     precisions: tuple[str, ...] = Field(STANDARD, min_length=1)
+    passes: tuple[str | dict[str, dict[str, Any] | None], ...] = Field(
+        (), description="in this order, e.g. [smoothquant, ranges, {gptq: {act_order: true}}]; [] rounds to nearest"
+    )
     weights: RangeMethod = "mse"
     activations: RangeMethod = "mse"
     percentile: float = Field(99.99, gt=50, le=100)
@@ -166,6 +172,25 @@ class QuantizeSection(_Section):
     attention: bool = True
     skip: tuple[str, ...] = ()
     overrides: dict[str, str] = Field(default_factory=dict, description="layer pattern -> precision it keeps at least")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_preset(cls, given: Any) -> Any:
+        """A preset's keys stand under those that the recipe gives itself."""
+        if not isinstance(given, dict) or given.get("preset") is None:
+            return given
+        from s2d_deploy.ptq.presets import preset
+
+        return {**preset(str(given["preset"])), **given}
+
+    @field_validator("passes")
+    @classmethod
+    def _known_passes(cls, passes: tuple[Any, ...]) -> tuple[Any, ...]:
+        if passes:
+            from s2d_deploy.ptq.passes import parse_steps
+
+            parse_steps(passes)
+        return passes
 
     @field_validator("precisions")
     @classmethod
@@ -327,6 +352,10 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     else:
         known = list(embedded_recipes())
         close = get_close_matches(source, known, n=1)
+        if _is_file(path / "config.json"):
+            raise RecipeError(
+                message(f"{source!r} is a model, not a recipe", fix="give its data: diagnose and condition take --data PATH")
+            )
         raise RecipeError(
             message(
                 f"no recipe {source!r}",

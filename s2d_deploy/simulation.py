@@ -18,6 +18,7 @@ from s2d_deploy.attention import quantizer_name, use_visible_attention
 from s2d_deploy.errors import ModelError, message
 from s2d_deploy.fake_quant import FakeQuantizer
 from s2d_deploy.plan import Plan, Site
+from s2d_deploy.ptq import input_transform
 
 
 class QuantLinear(nn.Module):
@@ -96,6 +97,7 @@ def simulate(model: nn.Module, plan: Plan) -> nn.Module:
             quantized = QuantConv2d(layer, left, right)
         else:
             raise _foreign(op.name, op.kind, type(layer).__name__ if layer is not None else "nothing of that name")
+        input_transform.carry(layer, quantized)
         _replace(simulated, op.name, quantized.train(layer.training))
     return simulated.train(model.training)
 

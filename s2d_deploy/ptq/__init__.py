@@ -1,0 +1,1 @@
+"""Post-training quantization recipes: one pass a file, one line each in `passes.PASSES`."""
