@@ -24,7 +24,11 @@ from s2d_deploy.session import Artifact
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = sorted(file.name for file in FOLDER.glob("*.py") if not file.name.startswith("_"))
-LOADING = ("minilm_one_shot.py", "s2d_cost.py")  # research scripts around torch itself: their help waits for it
+LOADING = (  # research scripts around torch itself: their help waits for it
+    "minilm_one_shot.py",
+    "minilm_s2d.py",
+    "s2d_cost.py",
+)
 sys.path.append(str(FOLDER))  # scripts import each other by name, as they do when they are run
 _common, _models, _peak, _peers = map(import_module, ("_common", "_models", "_peak", "_peers"))
 demo_time, latency, ort_w4a4, startup, weight_sizes = map(
