@@ -177,8 +177,14 @@ def _in_memory(tensors: Mapping[str, Tensor], labels: Tensor | None) -> Samples:
     return Samples(lambda index: {name: t[list(index)] for name, t in tensors.items()}, labels, size)
 
 
+_Files = tuple[list[Path], Tensor | None, list[str]]
+
+
 def _images(section: DataSection, image_size: int | None, channels: int, source: str | None) -> _Loaded:
-    """``train/CLASS/*`` and ``test/CLASS/*``; without class folders the images are unlabelled."""
+    """Images of ``train/`` and ``test/``, or of the folder itself: the last tenth in a seeded order is its test split.
+
+    Class folders make labels; images without them are unlabelled.
+    """
     if image_size is None:
         raise DataError(
             message(
@@ -187,34 +193,17 @@ def _images(section: DataSection, image_size: int | None, channels: int, source:
             )
         )
     root = _existing(section)
-    splits = {}
-    for split in ("train", "test"):
-        folder = root / split
-        if not folder.is_dir():
-            raise DataError(message(f"{folder}: no such folder", expected="train/ and test/ inside data.path"))
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-        if not files:
-            raise DataError(message(f"{folder}: no images", expected=f"files ending in {', '.join(IMAGE_SUFFIXES)}"))
-        loose = [p for p in files if p.parent == folder]
-        if loose and len(loose) < len(files):
-            raise DataError(
-                message(
-                    f"{folder}: {len(loose)} image(s) lie outside of the class folders, the first {loose[0].name!r}",
-                    expected=f"{split}/CLASS/*, or no class folders at all",
-                )
-            )
-        classes = sorted(d.name for d in folder.iterdir() if d.is_dir()) if not loose else []
-        names = [p.relative_to(folder).parts[0] for p in files]
-        labels = torch.tensor([classes.index(n) for n in names]) if classes else None
-        splits[split] = (files, labels, classes)
-    if splits["train"][2] != splits["test"][2]:
-        odd = sorted(set(splits["train"][2]) ^ set(splits["test"][2]))
+    if any((root / name).is_dir() for name in ("train", "test")):
+        train, test = (_image_folder(root / name, f"{name}/", section.labels) for name in ("train", "test"))
+    else:
+        train, test = _cut_images(_image_folder(root, "", section.labels), root, section.seed)
+    if train[2] != test[2]:
+        odd = sorted(set(train[2]) ^ set(test[2]))
         raise DataError(message(f"{root}: train and test have different classes", found=", ".join(odd[:5])))
     mean, std = image_statistics(source, channels)
     shape = (image_size, image_size)
 
-    def samples(split: str) -> Samples:
-        files, labels, _ = splits[split]
+    def samples(files: list[Path], labels: Tensor | None, _classes: list[str]) -> Samples:
         return Samples(
             lambda index: {"pixel_values": read_images([files[i] for i in index], shape, channels, mean, std)},
             labels,
@@ -222,16 +211,71 @@ def _images(section: DataSection, image_size: int | None, channels: int, source:
         )
 
     facts = {
-        "files": _digest_files([*splits["train"][0], *splits["test"][0]], root),
+        "files": _digest_files([*train[0], *test[0]], root),
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),
         "size": image_size,
     }
-    return samples("train"), samples("test"), facts, None
+    return samples(*train), samples(*test), facts, None
+
+
+def _image_folder(folder: Path, shown: str, labelled: bool) -> _Files:
+    """Files of a folder in sorted order, their labels, and the names of the classes."""
+    if not folder.is_dir():
+        raise DataError(
+            message(
+                f"{folder}: no such folder",
+                expected="both train/ and test/ inside data.path, or neither",
+                fix="add it, or give the folder that holds the images: the last tenth is then held out",
+            )
+        )
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise DataError(message(f"{folder}: no images", expected=f"files ending in {', '.join(IMAGE_SUFFIXES)}"))
+    loose = [p for p in files if p.parent == folder]
+    if loose and len(loose) < len(files):
+        raise DataError(
+            message(
+                f"{folder}: {len(loose)} image(s) lie outside of the class folders, the first {loose[0].name!r}",
+                expected=f"{shown}CLASS/*, or no class folders at all",
+                fix="move them into class folders, or all images into one folder",
+            )
+        )
+    if loose or not labelled:
+        return files, None, []
+    names = [p.relative_to(folder).parts[0] for p in files]
+    # Train and test need equal classes, so there an empty class folder counts, too.
+    classes = sorted({d.name for d in folder.iterdir() if d.is_dir()} if shown else set(names))
+    return files, torch.tensor([classes.index(n) for n in names]), classes
+
+
+def _cut_images(found: _Files, root: Path, seed: int) -> tuple[_Files, _Files]:
+    files, labels, classes = found
+    if len(files) < 2:
+        raise DataError(
+            message(
+                f"{root}: too few images to hold one out",
+                expected="at least 2, and 100 or more for a result that can be judged",
+                found=f"{len(files)}",
+            )
+        )
+    kept, held = _held_out(len(files), seed)
+
+    def part(index: list[int]) -> _Files:
+        return [files[i] for i in index], None if labels is None else labels[index], classes
+
+    return part(kept), part(held)
+
+
+def _held_out(n: int, seed: int) -> tuple[list[int], list[int]]:
+    """Indices in a seeded order, and the last tenth of it (at least one): never trained or calibrated on."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    cut = n - max(1, n // 10)
+    return order[:cut], order[cut:]
 
 
 def _text(section: DataSection, _size: int | None, _channels: int, source: str | None) -> _Loaded:
-    """One text a line; the last tenth (at least one) is the test split, so that it is never calibrated on."""
+    """One text a line; the last tenth in a seeded order is the test split."""
     root = _existing(section)
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES)
     lines: list[str] = []
@@ -261,14 +305,13 @@ def _text(section: DataSection, _size: int | None, _channels: int, source: str |
 
         return Samples(load, None, len(texts))
 
-    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(section.seed)).tolist()
-    cut = len(lines) - max(1, len(lines) // 10)
+    kept, held = _held_out(len(lines), section.seed)
     facts = {
         "files": _digest_files(files, root if root.is_dir() else root.parent),
         "tokenizer": section.tokenizer or source,
         "max_length": section.max_length,
     }
-    return samples([lines[i] for i in order[:cut]]), samples([lines[i] for i in order[cut:]]), facts, section.max_length
+    return samples([lines[i] for i in kept]), samples([lines[i] for i in held]), facts, section.max_length
 
 
 def _tokenizer(source: str | None) -> Any:
@@ -356,9 +399,7 @@ def _existing(section: DataSection) -> Path:
     if not path.exists():
         raise DataError(message(f"data.path {section.path!r} does not exist", fix="set it with --set data.path=PATH"))
     if section.kind == "images" and not path.is_dir():
-        raise DataError(
-            message(f"data.path {section.path!r}", expected="a folder with train/ and test/", found="a file")
-        )
+        raise DataError(message(f"data.path {section.path!r}", expected="a folder of images", found="a file"))
     return path
 
 

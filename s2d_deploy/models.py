@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "model.safetensors"
+# What lies beside the weights of a checkpoint and is read with them: tokenizer, image processor, pooling.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +116,27 @@ def save_checkpoint(module: nn.Module, folder: Path) -> None:
         return
     state = {name: tensor.contiguous() for name, tensor in _unique_state(module).items()}
     save_file(state, folder / STATE_FILE)
+
+
+def save_companions(source: str | None, folder: Path) -> None:
+    """Copy the tokenizer and the image processor of `source` (folder or hub id), so that `folder` loads without it.
+
+    Of a hub id, what was downloaded for this run: the tokenizer of text, the processor of images.
+    """
+    if source is None:
+        return
+    home = Path(source).expanduser()
+    if not home.is_dir():
+        from transformers.utils.hub import cached_file
+
+        config = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
+        if config is None:
+            return
+        home = Path(config).parent
+    for name in COMPANIONS:
+        if (home / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(home / name, folder / name)
 
 
 def load_state(module: nn.Module, path: Path) -> None:

@@ -77,6 +77,11 @@ def image_statistics(source: str | None, channels: int) -> tuple[Tensor, Tensor]
     return m.reshape(1, -1, 1, 1), s.reshape(1, -1, 1, 1)
 
 
+def has_image_processor(source: str) -> bool:
+    """Whether the checkpoint says how its images are normalized."""
+    return bool(_preprocessor(source))
+
+
 def _preprocessor(source: str) -> dict[str, Any]:
     """The checkpoint's preprocessor_config.json, from a folder or the hub (or its cache); empty where there is none."""
     folder = Path(source).expanduser()

@@ -354,7 +354,7 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         close = get_close_matches(source, known, n=1)
         if _is_file(path / "config.json"):
             raise RecipeError(
-                message(f"{source!r} is a model, not a recipe", fix="give its data: diagnose and condition take --data PATH")
+                message(f"{source!r} is a model, not a recipe", fix="give its data to diagnose or condition: --data PATH")
             )
         raise RecipeError(
             message(

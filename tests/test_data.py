@@ -197,18 +197,62 @@ def test_images_without_class_folders_have_no_labels(tmp_path: Path) -> None:
 def test_bad_image_folders_are_named(folder: Path) -> None:
     missing = folder / "none"
     assert f"data.path '{missing}' does not exist. Fix: set it with --set data.path=PATH." in refusal("images", missing)
-    assert "Expected: a folder with train/ and test/. Found: a file." in refusal("images", folder / "train/cat/0.png")
-    assert "train: no such folder. Expected: train/ and test/ inside data.path." in refusal("images", folder / "train")
+    assert "Expected: a folder of images. Found: a file." in refusal("images", folder / "train/cat/0.png")
     assert "the model's config names no image size. Fix: set data.image_size" in refusal("images", folder, size=None)
     assert load("images", folder, size=None, image_size=4, channels=1).train.size == 6
     picture(folder / "train" / "loose.png", 1)
-    assert "1 image(s) lie outside of the class folders, the first 'loose.png'" in refusal("images", folder)
+    text = refusal("images", folder)
+    assert "1 image(s) lie outside of the class folders, the first 'loose.png'. Expected: train/CLASS/*" in text
     (folder / "train" / "loose.png").unlink()
     (folder / "test" / "dog").rename(folder / "test" / "dgo")
     assert "train and test have different classes. Found: dgo, dog." in refusal("images", folder)
     for file in (folder / "test").rglob("*.png"):
         file.unlink()
     assert "test: no images. Expected: files ending in .jpg, .jpeg, .png" in refusal("images", folder)
+
+
+def test_a_folder_without_splits_holds_out_the_last_tenth_of_a_seeded_order(tmp_path: Path) -> None:
+    for i in range(30):
+        picture(tmp_path / f"{i:02d}.png", 8 * i)
+    data = load("images", tmp_path, calibration_samples=9)
+    assert (data.train.size, data.test.size, data.train.labels, data.test.labels) == (27, 3, None, None)
+
+    def values(samples: Samples) -> list[int]:
+        return [round((float(x.mean()) + 1) * 127.5 / 8) for x in whole(samples)["pixel_values"]]
+
+    train, test = values(data.train), values(data.test)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0)).tolist()
+    assert (train, test) == (order[:27], order[27:])
+    assert set(values(data.calibration)) <= set(train)
+    assert values(load("images", tmp_path, seed=1).test) != test
+    # Reading the folder again gives the same split, whatever the order of the directory's entries.
+    assert values(load("images", tmp_path).test) == test
+
+
+def test_class_folders_without_splits_are_labels_unless_told_otherwise(folder: Path) -> None:
+    data = load("images", folder / "train", classes=2)
+    assert (data.train.size, data.test.size) == (5, 1)
+    assert data.train.labels is not None
+    assert data.test.labels is not None
+    assert sorted([*data.train.labels.tolist(), *data.test.labels.tolist()]) == [0, 0, 0, 1, 1, 1]
+    for batch in data.train.labelled_batches(1):  # cats are darker than 40
+        value = round((float(batch["pixel_values"].mean()) + 1) * 127.5)
+        assert int(batch["labels"][0]) == (value >= 40)
+    assert load("images", folder / "train", classes=1, labels=False).train.labels is None
+    picture(folder / "train" / "loose.png", 1)
+    assert "Expected: CLASS/*, or no class folders at all." in refusal("images", folder / "train")
+
+
+def test_folders_that_cannot_be_split_are_named(folder: Path, tmp_path: Path) -> None:
+    shutil.rmtree(folder / "test")
+    text = refusal("images", folder)
+    assert "test: no such folder. Expected: both train/ and test/ inside data.path, or neither." in text
+    assert "the last tenth is then held out" in text
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "empty: no images. Expected: files ending in .jpg" in refusal("images", empty)
+    picture(empty / "only.png", 1)
+    assert "too few images to hold one out. Expected: at least 2, and 100 or more" in refusal("images", empty)
 
 
 def test_labels_beyond_the_models_classes_are_counted(folder: Path) -> None:
