@@ -163,7 +163,7 @@ def condition(
         state = None if path is None or not path.exists() else load(path, mark)
         try:
             if state is None:
-                before = _diagnose(model, calibration, look, layers)
+                before = diagnosed(model, calibration, look, layers)
                 saved = Saved(before, _measured(metric, model, home), started=started)
             else:
                 before = state["before"]
@@ -191,14 +191,14 @@ def condition(
             for module, mode in modes:
                 module.training = mode
             model.to(there)
-        after = {entry["name"]: entry for entry in _diagnose(model, calibration, look, layers)}
+        after = {entry["name"]: entry for entry in diagnosed(model, calibration, look, layers)}
         float_after = _measured(metric, model, home)
         model.to(home)
     return ConditioningResult(
         method=method,
         seconds=time.perf_counter() - started + saved.seconds,
         steps=0 if loop is None else len(loop.losses),
-        layers=[_compare(entry, after[entry["name"]]) for entry in before if entry["name"] in after],
+        layers=[compared(entry, after[entry["name"]]) for entry in before if entry["name"] in after],
         losses=[] if loop is None else loop.losses,
         refreshes=[] if loop is None else loop.refreshes(),
         findings=findings,
@@ -231,9 +231,10 @@ def _measured(metric: Metric | None, model: nn.Module, home: torch.device) -> fl
         model.to(device)
 
 
-def _diagnose(
+def diagnosed(
     model: nn.Module, batches: Iterable[Batch], config: S2DConfig, layers: list[str] | None
 ) -> list[dict[str, Any]]:
+    """`diagnose.diagnose` as JSON documents, with the numbers of `config`."""
     found = diagnose(model, batches, k_max=config.k_max, tau=config.tau, layers=layers, top=config.outliers)
     return [LayerDiagnosis.to_dict(entry) for entry in found]
 
@@ -248,7 +249,9 @@ def _findings(before: list[dict[str, Any]], config: S2DConfig, nothing: bool) ->
     ]
 
 
-def _compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """One entry of `ConditioningResult.layers` from two documents of `diagnosed`."""
+
     def rest(entry: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in entry.items() if key not in ("name", "shape")}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d_deploy.equalize_choice import choose
-from s2d_deploy.equalized_linear import EqualizedLinear, linear_at
+from s2d_deploy.equalized_linear import EqualizedLinear, linear_at, put
 from s2d_deploy.errors import ModelError, message
 from s2d_deploy.layer_inputs import calibrated_ops, input_tokens
 from s2d_deploy.pcdr import Batch
@@ -73,7 +73,7 @@ def equalize(
             _divide(maker, choice.shift, choice.scale)
         else:
             for name, layer in zip(names, linears, strict=True):
-                _replace(model, name, EqualizedLinear(layer, choice.shift, choice.scale, choice.copies, choice.direct))
+                put(model, name, EqualizedLinear(layer, choice.shift, choice.scale, choice.copies, choice.direct))
         what = "folded" if fold else "inserted"
         changes.append(Change(tuple(names), what, choice.before, choice.after, choice.words))
     return changes
@@ -130,11 +130,6 @@ def _divide(maker: nn.Module, shift: Tensor, scale: Tensor) -> None:
         maker.weight /= s.unsqueeze(1) if maker.weight.dim() == 2 else s
         if maker.bias is not None:
             maker.bias.sub_(shift.to(maker.bias)).div_(s)
-
-
-def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(root.get_submodule(parent), leaf, module)
 
 
 __all__ = ["equalize"]

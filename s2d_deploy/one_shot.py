@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ from s2d_deploy.errors import RecipeError, message
 from s2d_deploy.evaluate import outputs, score, torch_run
 from s2d_deploy.layer_inputs import calibrated_ops
 from s2d_deploy.observers import Method
+from s2d_deploy.one_shot_variants import INSERTING, SHRINKING, VARIANTS, Variant, check_variants
 from s2d_deploy.pcdr import Batch
 from s2d_deploy.quantize import QuantizeConfig, build_plan
 from s2d_deploy.refit import refit
@@ -46,9 +47,6 @@ from s2d_deploy.session import Progress
 from s2d_deploy.shrink import shrink_triplets
 from s2d_deploy.simulation import simulate
 from s2d_deploy.weight_change import Change
-
-Variant = Literal["shrink", "shrink-next", "fold", "neurons", "insert", "bypass"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
 @dataclass(slots=True)
@@ -95,6 +93,7 @@ def one_shot(
     factor: float = 0.5,
     precisions: Sequence[str] = ("w8a8", "w4a8", "w4a4"),
     methods: Sequence[Method] = ("mse",),
+    config: QuantizeConfig | None = None,
     before: Mapping[str, float] | None = None,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, OneShotResult]:
@@ -104,46 +103,24 @@ def one_shot(
         model: the float model; left as it was.
         calibration: for every choice that is made.
         held_out: for the metric only.
-        variants: of `VARIANTS`; "insert" after "fold" acts on what could not be folded.
+        variants: of `VARIANTS`, as `one_shot_variants.check_variants` allows them.
         output: the model's output that is compared.
         task: as in `evaluate.score`.
         flagged: k_target by layer, for the shrinking variants.
         factor: what is left of a flagged singular value, 0 to 1.
         precisions: to simulate.
         methods: range methods, for weights and activations alike.
+        config: ranges and layers instead of `methods`; the keys of the result are then the precisions alone.
         before: the original's quantized metrics where they are known (as in `OneShotResult.before`).
         progress: called with one line of text now and then.
 
     Raises:
-        RecipeError: an unknown variant, or shrinking without `flagged`.
+        RecipeError: variants that cannot be applied in this order, or shrinking without `flagged`.
     """
-    unknown = [v for v in variants if v not in VARIANTS]
-    if unknown or not variants:
-        raise RecipeError(
-            message(
-                f"unknown one-shot variant {', '.join(map(repr, unknown)) or 'list: it is empty'}",
-                expected=", ".join(VARIANTS),
-            )
-        )
-    if flagged is None and any(v.startswith("shrink") for v in variants):
-        raise RecipeError(
-            message("shrinking needs the flagged layers", fix="pass {d.name: d.k_target} of diagnose.diagnose")
-        )
     changed = copy.deepcopy(model).eval()
-    changes: list[Change] = []
-    for variant in variants:
-        if progress is not None:
-            progress(f"one-shot: {variant}")
-        if variant in ("shrink", "shrink-next"):
-            chosen = {name: k for name, k in (flagged or {}).items() if k}
-            changes += shrink_triplets(changed, calibration, chosen, factor=factor)
-            if variant == "shrink-next" and chosen:
-                changes += refit(changed, model, calibration, after=list(chosen), output=output)
-        elif variant == "neurons":
-            changes += scale_neurons(changed, calibration, output=output)
-        else:
-            insert = variant in ("insert", "bypass")
-            changes += equalize(changed, calibration, insert=insert, bypass=variant == "bypass", output=output)
+    changes = apply_variants(
+        changed, calibration, variants, output=output, flagged=flagged, factor=factor, progress=progress
+    )
     run = torch_run(model, output)
     reference = outputs(run, output, (dict(b) for b in held_out))
     masks = [b["attention_mask"].numpy() for b in held_out if "attention_mask" in b]
@@ -164,10 +141,13 @@ def one_shot(
         metric=name,
         before=dict(before) if before is not None else {},
     )
+    settings = {f"{p}/{m}": (p, QuantizeConfig(weights=m, activations=m)) for p in precisions for m in methods}
+    if config is not None:
+        settings = {p: (p, config) for p in precisions}
     if before is None:
-        for key, simulated in _simulated(model, calibration, precisions, methods, output):
+        for key, simulated in _simulated(model, calibration, settings, output):
             result.before[key] = points(simulated)[1]
-    for key, simulated in _simulated(changed, calibration, precisions, methods, output):
+    for key, simulated in _simulated(changed, calibration, settings, output):
         result.after[key] = points(simulated)[1]
         if progress is not None:
             progress(f"one-shot: {result.variant}: {key} {result.after[key]:.1f}")
@@ -175,15 +155,48 @@ def one_shot(
     return changed, result
 
 
+def apply_variants(
+    model: nn.Module,
+    calibration: Sequence[Batch],
+    variants: Sequence[str],
+    *,
+    output: str,
+    flagged: Mapping[str, int] | None = None,
+    factor: float = 0.5,
+    progress: Progress | None = None,
+) -> list[Change]:
+    """Apply `variants` in order to `model`, in place. Arguments, returns and errors as in `one_shot`."""
+    checked = check_variants(variants)
+    if flagged is None and any(v in SHRINKING for v in checked):
+        raise RecipeError(
+            message("shrinking needs the flagged layers", fix="pass {d.name: d.k_target} of diagnose.diagnose")
+        )
+    chosen = {name: k for name, k in (flagged or {}).items() if k}
+    original = copy.deepcopy(model) if "shrink-next" in checked else model
+    changes: list[Change] = []
+    for variant in checked:
+        if progress is not None:
+            progress(f"one-shot: {variant}")
+        if variant in SHRINKING:
+            changes += shrink_triplets(model, calibration, chosen, factor=factor)
+            if variant == "shrink-next" and chosen:
+                changes += refit(model, original, calibration, after=list(chosen), output=output)
+        elif variant == "neurons":
+            changes += scale_neurons(model, calibration, output=output)
+        else:
+            insert = variant in INSERTING
+            changes += equalize(model, calibration, insert=insert, bypass=variant == "bypass", output=output)
+    return changes
+
+
 def _simulated(
-    model: nn.Module, calibration: Sequence[Batch], precisions: Sequence[str], methods: Sequence[Method], output: str
+    model: nn.Module, calibration: Sequence[Batch], settings: Mapping[str, tuple[str, QuantizeConfig]], output: str
 ) -> Iterable[tuple[str, nn.Module]]:
     ops = calibrated_ops(model, calibration, output)
     statistics = calibrate(model, ops, calibration)
-    for precision in precisions:
-        for method in methods:
-            plan = build_plan(model, ops, statistics, precision, QuantizeConfig(weights=method, activations=method))
-            yield f"{precision}/{method}", simulate(model, plan).eval()
+    for key, (precision, config) in settings.items():
+        plan = build_plan(model, ops, statistics, precision, config)
+        yield key, simulate(model, plan).eval()
 
 
 def _finding(result: OneShotResult) -> str:
@@ -191,9 +204,12 @@ def _finding(result: OneShotResult) -> str:
         return f"{result.variant}: nothing to change in this model."
     gains = {key: result.after[key] - result.before[key] for key in result.after if key in result.before}
     words = ", ".join(f"{key} {result.before[key]:.1f} -> {result.after[key]:.1f}" for key in gains)
-    kind = "exact in float" if result.exact else f"float cosine {result.cosine:.4f}"
+    moved = f"float cosine {result.cosine:.4f}"
+    if result.metric.startswith("top-1"):
+        moved = f"{result.cosine:.2%} of the float decisions as before"
+    kind = "exact in float" if result.exact else moved
     enough = "" if not gains or max(gains.values()) >= 1.0 else " Not enough by itself: no precision gains a point."
-    where = "" if result.loadable else " It adds elementwise layers, so transformers cannot load the result."
+    where = "" if result.loadable else " It adds elementwise layers, which transformers does not load."
     return f"{result.variant}: {len(result.changes)} places, {kind}; {words}.{enough}{where}"
 
 
@@ -203,6 +219,7 @@ __all__ = [
     "EqualizedLinear",
     "OneShotResult",
     "Variant",
+    "apply_variants",
     "equalize",
     "one_shot",
     "refit",

@@ -234,7 +234,7 @@ def test_a_result_says_what_it_bought() -> None:
     assert result.cosine == pytest.approx(1.0, abs=1e-5)
     assert set(result.before) == set(result.after) == {"w4a8/mse", "w4a4/mse"}
     assert result.after["w4a4/mse"] > result.before["w4a4/mse"] + 1
-    assert "transformers cannot load" in result.finding
+    assert "which transformers does not load" in result.finding
     json.dumps(result.to_dict(), allow_nan=False)
     again = one_shot(model, batches, held_out, ["bypass"], output=OUT, precisions=["w4a4"], before=result.before)[1]
     assert again.after["w4a4/mse"] == pytest.approx(result.after["w4a4/mse"], abs=1e-4)
@@ -257,9 +257,9 @@ def test_shrinking_is_reported_as_inexact_and_nothing_flagged_as_nothing() -> No
 
 def test_errors() -> None:
     model, batches = planted.bert(), planted.texts(1)
-    with pytest.raises(RecipeError, match=r"unknown one-shot variant 'shrnk'\. Expected: shrink, shrink-next"):
+    with pytest.raises(RecipeError, match=r"one-shot variants: unknown 'shrnk'\. Expected: shrink, shrink-next"):
         one_shot(model, batches, batches, ["shrnk"], output=OUT)  # type: ignore[list-item]
-    with pytest.raises(RecipeError, match="it is empty"):
+    with pytest.raises(RecipeError, match="the list is empty"):
         one_shot(model, batches, batches, [], output=OUT)
     with pytest.raises(RecipeError, match="needs the flagged layers"):
         one_shot(model, batches, batches, ["shrink"], output=OUT)
