@@ -1,0 +1,457 @@
+"""Does S2D repair W4A4 in a pre-LN vision transformer? CIFAR-10, AdamW pre-training, fine-tuning with and without it.
+
+    python benchmarks/cifar_vit.py --data FOLDER_OR_TAR
+
+Pre-trains a ViT with AdamW at a constant rate, without weight decay and clipping (what makes outliers grow), and looks
+at it on the way: PCDR, kurtosis, ranges, the W4A4 simulation. Then the same steps on the same batches with each of
+`--arms`: control, s2d (decoupled), decay (AdamW's own); with `--qat-steps` also fake-quantized at W4A4 (control-qat,
+s2d-qat). Each end is measured on the test images in float, W8A8, W4A8 and W4A4, with absmax and MSE ranges: accuracy,
+agreement with its own float decisions, and noise of the logits. Each arm is compared with the control of its own seed,
+image by image (`paired.paired_drop`; a gain is a negative drop).
+
+Images are an ImageFolder, train/CLASS/* and test/CLASS/*, or a tar of one. What was decoded, pre-trained and fine-tuned
+is kept in --work: an interrupted run goes on where it stopped. Writes DATE-cifar-vit.json and DATE-cifar-vit.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import _common
+import numpy as np
+import torch
+from _cifar_images import Images, load_images
+from _cifar_page import page
+from _common import Figure
+from torch import Tensor, nn
+
+from s2d_deploy.calibrate import Calibration, calibrate
+from s2d_deploy.checkpointing import save
+from s2d_deploy.condition import condition
+from s2d_deploy.diagnose import LayerDiagnosis, diagnose, diagnose_model
+from s2d_deploy.discovery import discover
+from s2d_deploy.evaluate import outputs, score, torch_run
+from s2d_deploy.paired import paired_drop
+from s2d_deploy.plan import Plan
+from s2d_deploy.quantize import QuantizeConfig, build_plan
+from s2d_deploy.s2d import S2DConfig
+from s2d_deploy.simulation import simulate
+
+ARMS = ("control", "s2d", "decay")
+PRECISIONS = ("w8a8", "w4a8", "w4a4")
+METHODS = ("absmax", "mse")
+OUTPUT = "logits"
+
+
+# ---- pre-training -------------------------------------------------------------------------------------------
+
+
+def new_model(a: argparse.Namespace) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(a.seed)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=a.width,
+            num_hidden_layers=a.depth,
+            num_attention_heads=a.heads,
+            intermediate_size=4 * a.width,
+            image_size=a.image,
+            patch_size=a.patch,
+            num_labels=a.classes,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    )
+
+
+def pretrain(a: argparse.Namespace, train: Images, look: Callable[[nn.Module], dict[str, Any]], path: Path) -> Any:
+    """AdamW at a constant rate behind a warmup: (model, trace of looks, seconds). Continues from `path`."""
+    model = new_model(a)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=a.lr, betas=(0.9, a.beta2), weight_decay=a.pretrain_decay, fused=True
+    )
+    generator = torch.Generator().manual_seed(a.seed)
+    step, trace, before = 0, [], 0.0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        step, trace, before = state["step"], json.loads(state["trace"]), state["seconds"]
+    started = time.perf_counter()
+    every, losses = max(1, a.pretrain_steps // a.looks), []
+    model.train()
+    while step < a.pretrain_steps:
+        index = torch.randint(len(train.labels), (a.batch,), generator=generator)
+        flip = torch.rand(a.batch, generator=generator) < 0.5
+        for group in optimizer.param_groups:
+            group["lr"] = a.lr * min(1.0, (step + 1) / a.warmup)
+        loss = model(**train.batch(index, flip=flip)).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if a.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), a.clip)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        step += 1
+        if step % every == 0 or step == a.pretrain_steps:
+            entry = {"step": step, "loss": sum(losses) / len(losses)} | look(model)
+            losses = []
+            trace.append(entry)
+            spent = before + time.perf_counter() - started
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            save(path, state | {"generator": generator.get_state(), "trace": json.dumps(trace), "seconds": spent})
+            found = entry["settings"]
+            print(
+                f"pre-training: step {step}, {spent:.0f} s, loss {entry['loss']:.3f}, "
+                f"top-1 {found['fp32']['top1']:.1f}, "
+                f"W4A4 {found['w4a4-absmax']['top1']:.1f} absmax {found['w4a4-mse']['top1']:.1f} MSE, "
+                f"PCDR_1 {entry['pcdr_1']:.2f}, kurtosis {entry['kurtosis']:.0f}",
+                flush=True,
+            )
+            model.train()
+    return model.eval(), trace, before + time.perf_counter() - started
+
+
+# ---- measuring ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """Measures models on one test set with one calibration set."""
+
+    train: Images
+    test: Images
+    a: argparse.Namespace
+
+    @property
+    def calibration(self) -> list[dict[str, Tensor]]:
+        return self.train.inputs(self.a.calibration, 64)
+
+    def plan(self, model: nn.Module, precision: str = "w4a4", method: str = "mse", known: Any = None) -> Plan:
+        """A plan of the float model, calibrated on training images."""
+        ops, statistics = self.statistics(model) if known is None else known
+        return build_plan(model, ops, statistics, precision, QuantizeConfig(weights=method, activations=method))
+
+    def statistics(self, model: nn.Module) -> tuple[Any, Calibration]:
+        batches = self.calibration
+        ops = discover(model, {"pixel_values": batches[0]["pixel_values"][:1]}, OUTPUT)
+        return ops, calibrate(model, ops, batches)
+
+    def measured(
+        self, model: nn.Module, count: int, precisions: Sequence[str] = PRECISIONS
+    ) -> dict[str, dict[str, Any]]:
+        """The float model and its simulations on the first `count` test images.
+
+        Returns:
+            By precision and range method ("fp32", "w4a4-mse", ...): "correct" and "agree" (with the float decision),
+            100 or 0 for each image; "db", power of the logits (without their mean) over that of their error.
+        """
+        model = copy.deepcopy(model).eval()
+        known = self.statistics(model)
+        batches, labels = self.test.inputs(count, 250), self.test.labels[:count]
+        reference = outputs(torch_run(model, OUTPUT), OUTPUT, batches)
+
+        def judged(found: Any) -> dict[str, Any]:
+            correct = score("image-classification", found, reference, labels, None).per_sample.tolist()
+            agree = score("image-classification", found, reference, None, None).per_sample.tolist()
+            error = float(np.square(found - reference).sum())
+            signal = float(np.square(reference - reference.mean(axis=-1, keepdims=True)).sum())
+            return {"correct": correct, "agree": agree, "db": 10 * math.log10(signal / error) if error else None}
+
+        result = {"fp32": judged(reference)}
+        for precision in precisions:
+            for method in METHODS:
+                simulated = simulate(model, self.plan(model, precision, method, known))
+                result[f"{precision}-{method}"] = judged(outputs(torch_run(simulated, OUTPUT), OUTPUT, batches))
+        return result
+
+    def look(self, model: nn.Module) -> dict[str, Any]:
+        """What the trace of pre-training holds."""
+        model = copy.deepcopy(model).eval()
+        found = diagnose(model, self.calibration[:2], tau=self.a.tau)
+        scores = self.measured(model, min(1000, self.a.test), ("w4a4",))
+        return {"settings": brief_scores(scores)} | summary(found)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def brief_scores(scores: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Means instead of one value for each image."""
+    return {n: {"top1": mean(s["correct"]), "agree": mean(s["agree"]), "db": s["db"]} for n, s in scores.items()}
+
+
+def summary(layers: Sequence[LayerDiagnosis]) -> dict[str, Any]:
+    """The largest of each figure over all layers, and how many are flagged."""
+    return {
+        "pcdr_1": max(d.pcdr[0] for d in layers),
+        "flagged": sum(d.flagged for d in layers),
+        "s_max": max(d.sigma_max for d in layers),
+        "max_abs": max(d.max_abs_activation for d in layers),
+        "kurtosis": max(d.kurtosis_input for d in layers),
+        "range_over_std": max(d.range_over_std_input for d in layers),
+    }
+
+
+# ---- fine-tuning --------------------------------------------------------------------------------------------
+
+
+def arm_settings(name: str, a: argparse.Namespace) -> dict[str, Any]:
+    """What `condition` is given for an arm beside what all arms share."""
+    kind, _, qat = name.partition("-")
+    config = None
+    if kind == "s2d":
+        config = S2DConfig(
+            tau=a.tau, k_max=a.k_max, decoupled_factor=a.factor, refresh_every=a.refresh, application=a.application
+        )
+    return {"config": config, "adam_decay": a.decay if kind == "decay" else 0.0, "qat": bool(qat)}
+
+
+def epochs(train: Images, size: int, seed: int) -> Callable[[], Iterator[dict[str, Tensor]]]:
+    """The same batches for every arm of a seed; half of the images mirrored."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one() -> Iterator[dict[str, Tensor]]:
+        order = torch.randperm(len(train.labels), generator=generator)
+        for index in order.split(size):
+            yield train.batch(index, flip=torch.rand(len(index), generator=generator) < 0.5)
+
+    return one
+
+
+def finetune(
+    model: nn.Module, arm: str, seed: int, bench: Bench, folder: Path, a: argparse.Namespace
+) -> dict[str, Any]:
+    """One arm from the pre-trained weights: what came out, with right and wrong of each test image."""
+    settings = arm_settings(arm, a)
+    qat = settings.pop("qat")
+    kept = folder / f"{arm}-{seed}.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
+    model = copy.deepcopy(model)
+    found = condition(
+        model,
+        "task",
+        epochs(bench.train, a.tune_batch, 1000 + seed),
+        bench.calibration[:2],
+        steps=a.qat_steps if qat else a.tune_steps,
+        lr=a.qat_lr if qat else a.tune_lr,
+        warmup=(a.qat_steps if qat else a.tune_steps) // 20,
+        seed=seed,
+        plan=bench.plan if qat else None,
+        checkpoint_path=folder / f"{arm}-{seed}.pt",
+        checkpoint_every=200,
+        **settings,
+    )
+    layers = [
+        {k: layer[k] for k in ("name", "flagged", "k_target")} | {w: _brief(layer[w]) for w in ("before", "after")}
+        for layer in found.layers
+    ]
+    precisions = ("w4a4",) if qat else PRECISIONS
+    result = {
+        "arm": arm,
+        "seed": seed,
+        "method": found.method,
+        "steps": found.steps,
+        "seconds": round(found.seconds, 1),
+        "loss": mean(found.losses[-100:]),
+        "scores": bench.measured(model, a.test, precisions),
+        "summary": summary(diagnose(model.eval(), bench.calibration[:2], tau=a.tau)),
+        "layers": layers,
+        "refreshes": len(found.refreshes),
+    }
+    kept.write_text(json.dumps(result))
+    return result
+
+
+def _brief(state: dict[str, Any]) -> dict[str, Any]:
+    names = ("pcdr", "sigma_max", "max_abs_activation", "max_abs_input", "kurtosis", "kurtosis_input")
+    return {k: state[k] for k in names} | {"singular_values": state["singular_values"][:32]}
+
+
+def against(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
+    """How much `second` gains over `first` in points, with its 95 % interval."""
+    drop = paired_drop(first, second)
+    return {"gain": 0.0 - drop.drop, "lo": 0.0 - drop.hi, "hi": 0.0 - drop.lo, "n": drop.n, "method": drop.method}
+
+
+def pooled(
+    runs: Sequence[dict[str, Any]], arm: str, control: str, setting: str, what: str = "correct"
+) -> dict[str, Any] | None:
+    """The gain of `arm` over `control`, of the mean over seeds for each image; None where a run is missing."""
+    by = {(r["arm"], r["seed"]): r["scores"][setting][what] for r in runs if setting in r["scores"]}
+    seeds = sorted(s for name, s in by if name == arm and (control, s) in by)
+    if not seeds:
+        return None
+    means = [torch.tensor([by[name, s] for s in seeds]).mean(0).tolist() for name in (control, arm)]
+    each = [mean(by[arm, s]) - mean(by[control, s]) for s in seeds]
+    return against(*means) | {"seeds": seeds, "each": each}
+
+
+# ---- all of it ----------------------------------------------------------------------------------------------
+
+
+def measure(a: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
+    images = load_images(a.data, a.work, a.image, a.seed)
+    a.classes = int(max(int(split.labels.max()) for split in images.values())) + 1
+    a.test = min(a.test, len(images["test"].labels))
+    bench = Bench(images["train"], images["test"], a)
+    settings = {k: v for k, v in vars(a).items() if k not in ("data", "work", "results", "threads")}
+    data_digest = hashlib.sha256(images["train"].pixels.numpy().tobytes()).hexdigest()
+    pre = ("width", "depth", "heads", "image", "patch", "batch", "pretrain_steps", "lr", "beta2", "pretrain_decay")
+    pre = (*pre, "clip", "warmup", "seed", "classes", "looks", "calibration")
+    folder = a.work / _digest([data_digest, {k: settings[k] for k in pre}])
+    folder.mkdir(parents=True, exist_ok=True)
+    model, trace, seconds = pretrain(a, bench.train, bench.look, folder / "pretrained.pt")
+    before = diagnose_model(copy.deepcopy(model), lambda: bench.calibration[:2], output=OUTPUT, tau=a.tau)
+    print(before.forecast.sentence, flush=True)
+    start = brief_scores(bench.measured(model, a.test))
+    print("pre-trained: ", shown(start), flush=True)
+    arms = [*a.arms, *(f"{arm}-qat" for arm in a.arms if a.qat_steps and arm != "decay")]
+    tuned = folder / _digest({k: v for k, v in settings.items() if k not in (*pre, "arms", "seeds")})
+    tuned.mkdir(exist_ok=True)
+    runs = []
+    for seed in a.seeds:
+        for arm in arms:
+            run = finetune(model, arm, seed, bench, tuned, a)
+            runs.append(run)
+            print(f"{arm}, seed {seed}: {shown(brief_scores(run['scores']))} ({run['seconds']:.0f} s)", flush=True)
+    gains: dict[str, Any] = {}
+    for arm in arms:
+        control = "control-qat" if arm.endswith("-qat") else "control"
+        if arm != control:
+            for what in ("correct", "agree"):
+                names = [
+                    n for n in next(r for r in runs if r["arm"] == arm)["scores"] if what == "correct" or n != "fp32"
+                ]
+                found = {name: pooled(runs, arm, control, name, what) for name in names}
+                gains.setdefault(arm, {})[what] = {name: gain for name, gain in found.items() if gain is not None}
+    figures = [
+        Figure(
+            f"{arm} over its control, {name}, {'points' if what == 'correct' else 'agreement'}",
+            gain["gain"],
+            None,
+            "pass",
+            f"95 % [{gain['lo']:.2f}, {gain['hi']:.2f}], by seed {', '.join(f'{e:+.2f}' for e in gain['each'])}",
+        )
+        for arm, kinds in gains.items()
+        for what, found in kinds.items()
+        for name, gain in found.items()
+    ]
+    briefs = {(r["arm"], r["seed"]): brief_scores(r["scores"]) for r in runs}
+    means = {
+        arm: {
+            name: {
+                k: mean([found[name][k] for (other, _), found in briefs.items() if other == arm])
+                for k in ("top1", "agree", "db")
+                if briefs[arm, a.seeds[0]][name][k] is not None
+            }
+            for name in briefs[arm, a.seeds[0]]
+        }
+        for arm in arms
+    }
+    return figures, {
+        "settings": settings,
+        "images_sha256": data_digest,
+        "pretraining": {"seconds": round(seconds, 1), "trace": trace, "scores": start},
+        "forecast": before.forecast.to_dict(),
+        "sites": [site.to_dict() for site in before.sites],
+        "layers": [
+            {"name": d.name, "flagged": d.flagged, "k_target": d.k_target} | _brief(d.to_dict()) for d in before.layers
+        ],
+        "means": means,
+        "gains": gains,
+        "runs": [_packed(run) for run in runs],
+    }
+
+
+def shown(scores: dict[str, dict[str, Any]]) -> str:
+    return " ".join(
+        f"{n} {s['top1']:.2f}" + ("" if s["db"] is None else f" ({s['db']:.1f} dB)") for n, s in scores.items()
+    )
+
+
+def _packed(run: dict[str, Any]) -> dict[str, Any]:
+    """Right and wrong as one string of 0 and 1 for each setting: much shorter, and every sample is still there."""
+    scores = {
+        n: {k: "".join("01"[v > 0] for v in s[k]) for k in ("correct", "agree")} | {"db": s["db"]}
+        for n, s in run["scores"].items()
+    }
+    return run | {"scores": scores, "brief": brief_scores(run["scores"])}
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def arguments_parser() -> argparse.ArgumentParser:
+    parser = _common.parser("cifar_vit.py", __doc__ or "")
+    parser.add_argument("--data", type=Path, required=True, help="ImageFolder with train/ and test/, or a tar of one")
+    parser.add_argument("--work", type=Path, default=_common.WORK / "cifar-vit", help="what is kept between runs")
+    parser.add_argument("--threads", type=_common.positive, default=2)
+    for name, value in {
+        "image": 16,
+        "patch": 4,
+        "width": 64,
+        "depth": 6,
+        "heads": 2,
+        "batch": 16,
+        "pretrain-steps": 20_000,
+        "warmup": 300,
+        "looks": 8,
+        "tune-steps": 1500,
+        "tune-batch": 32,
+        "refresh": 100,
+        "k-max": 3,
+        "calibration": 256,
+        "test": 10_000,
+    }.items():
+        parser.add_argument(f"--{name}", type=_common.positive, default=value)
+    for name, number in {
+        "lr": 1e-3,
+        "beta2": 0.999,
+        "pretrain-decay": 0.0,
+        "clip": 0.0,
+        "tune-lr": 5e-4,
+        "qat-lr": 5e-4,
+        "tau": 0.9,
+        "factor": 10.0,
+        "decay": 0.1,
+    }.items():
+        parser.add_argument(f"--{name}", type=float, default=number)
+    parser.add_argument("--qat-steps", type=int, default=600, help="0: no QAT")
+    parser.add_argument("--application", choices=["decoupled", "coupled"], default="decoupled")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the fine-tuning: order of the batches")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of pre-training")
+    return parser
+
+
+def run(a: argparse.Namespace) -> int:
+    torch.set_num_threads(a.threads)
+    torch.set_flush_denormal(True)
+    a.work.mkdir(parents=True, exist_ok=True)
+    record = _common.Record("cifar-vit", a.threads)
+    figures, data = measure(a)
+    print(_common.show_figures(figures))
+    path = record.write(a.results, figures, data)
+    document = record.document(figures, data)
+    path.with_suffix(".html").write_text(page(document), encoding="utf-8")
+    print(f"results: {path}, {path.with_suffix('.html')}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(_common.guarded(run, arguments_parser().parse_args()))
