@@ -2,8 +2,8 @@
 
 What `equalize` puts in front of a Linear whose channels no weight can hold. The inner Linear, ``<layer>.linear``, is
 the op, and the tensor that it reads is its quantized site; shift, scale and copies stay elementwise in float, and the
-direct channels are a float product of their own, which every audit counts. What is lost: the model is no longer one that
-transformers builds by itself (see `inserted_layers`), and the runtime pays one elementwise pass.
+direct channels are a float product of their own, which every audit counts. What is lost: the model is no longer one
+that transformers builds by itself (see `inserted_layers`), and the runtime pays one elementwise pass.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from torch import nn
 
 from s2d_deploy.attention import use_visible_attention
 from s2d_deploy.errors import ModelError, RecipeError, message
+from s2d_deploy.inserted_layers import apply_inserted, inserted_layers, save_inserted, without_inserted
 
 if TYPE_CHECKING:
     from s2d_deploy.recipe import ModelSection
@@ -91,6 +92,8 @@ def load_model(section: ModelSection, checkpoint: Path | None = None, seed: int 
         module = _from_config(section.config, section.task)
     else:
         module = _from_pretrained(str(section.pretrained), section.task)
+    if checkpoint is not None:
+        apply_inserted(module, checkpoint)
     check_finite(module)
     module = module.float().eval()
     use_visible_attention(module)
@@ -108,7 +111,13 @@ def load_model(section: ModelSection, checkpoint: Path | None = None, seed: int 
 
 
 def save_checkpoint(module: nn.Module, folder: Path) -> None:
-    """Write weights (and, for transformers models, the config) so that transformers loads the folder again."""
+    """Write weights (and, for transformers models, the config) so that transformers loads the folder again.
+
+    Inserted layers of one-shot conditioning lie beside the weights (`inserted_layers`); `load_model` applies them.
+    """
+    if inserted_layers(module):
+        save_inserted(module, folder)
+        module = without_inserted(module)
     save = getattr(module, "save_pretrained", None)
     if save is not None:
         with _no_progress_bars():

@@ -27,12 +27,14 @@ from s2d_deploy.console import Display, Step
 from s2d_deploy.data import Batch, Dataset, load_data
 from s2d_deploy.diagnose import diagnose_model
 from s2d_deploy.discovery import discover
+from s2d_deploy.equalized_linear import layer_name
 from s2d_deploy.errors import DataError, RecipeError, message
 from s2d_deploy.evaluate import Score, outputs, score, torch_run
 from s2d_deploy.follow import tell
 from s2d_deploy.host import versions
 from s2d_deploy.models import LoadedModel, load_model, save_checkpoint, save_companions
 from s2d_deploy.observers import Histogram
+from s2d_deploy.one_shot_stage import condition_one_shot
 from s2d_deploy.plan import Op, Plan
 from s2d_deploy.precision import BASELINE, parse_precision
 from s2d_deploy.ptq.input_transform import load_changes, save_changes
@@ -209,6 +211,8 @@ class Pipeline:
                 _ = self._reference  # before the weights are changed in place
             module = self.original.module
             save_companions(self.original.source, folder)
+            if section.method == "one-shot":
+                return self._one_shot(folder, step)
             if section.method == "none" or section.steps == 0:
                 save_checkpoint(module, folder)
                 return {"method": "none"}
@@ -229,6 +233,8 @@ class Pipeline:
             "quantize": _quantize_key(self.recipe.quantize, section.qat) if section.qat else None,
             "data": self.data.fingerprint,
         }
+        if section.method == "one-shot":
+            key |= self._one_shot_key()
         stage = self._stage("condition", key, work)
         if not trained:
             tell({"train": False})
@@ -237,6 +243,41 @@ class Pipeline:
             if self.recipe.train is None:
                 self.__dict__.pop("_untrained", None)
         return stage
+
+    def _one_shot(self, folder: Path, step: Step) -> dict[str, Any]:
+        """Condition a copy of the original by calibration data alone."""
+        section, original = self.recipe.condition, self.original
+        changed, document = condition_one_shot(
+            original.module,
+            list(self.data.calibration.batches(self.recipe.data.batch_size)),
+            list(self.test_batches()),
+            section.one_shot,
+            output=original.output,
+            task=self.recipe.model.task,
+            look=S2DConfig(tau=section.tau, k_max=section.k_max),
+            factor=section.shrink_factor,
+            precisions=self.recipe.quantize.precisions,
+            quantize=self._quantize_config(),
+            metric=lambda m: (
+                self.score(outputs(torch_run(m, original.output), original.output, self.test_batches())).value
+            ),
+            progress=step,
+        )
+        save_checkpoint(changed, folder)
+        seconds = document.pop("seconds")
+        write_json(folder / "conditioning.json", document)
+        return {"method": document["method"], "findings": document["findings"], "seconds": seconds}
+
+    def _one_shot_key(self) -> dict[str, Any]:
+        """No training keys; but how the simulations before and after are quantized, and what they are measured on."""
+        read = {"method", "one_shot", "shrink_factor", "tau", "k_max"}
+        return {
+            "condition": {k: v for k, v in _dump(self.recipe.condition).items() if k in read},
+            "output": self.original.output,
+            "batch_size": self.recipe.data.batch_size,
+            "quantize": {k: v for k, v in _dump(self.recipe.quantize).items() if k not in ("preset", "passes")},
+            "test": self.recipe.data.test_samples,
+        }
 
     @classmethod
     def trained_along(cls, recipe: Recipe, model: LoadedModel, display: Display) -> None:
@@ -323,7 +364,14 @@ class Pipeline:
             batches = self.data.calibration.batches
             size = self.recipe.data.batch_size
             calibrate(self.model.module, self.ops, batches(size), step).save(folder / "calibration.safetensors")
-            calibrate(self.original.module, self.ops, batches(size), step).save(folder / "before.safetensors")
+            # Where layers were inserted, the original calls the op otherwise; both ranges stand under its new name.
+            names = {name: layer_name(self.model.module, name) for name in self.ops}
+            ops = {names[name]: op for name, op in self.ops.items()}
+            before = calibrate(self.original.module, ops, batches(size), step)
+            for name, old in names.items():
+                if name != old:
+                    before.histograms[f"{name}.input"] = before.histograms.pop(f"{old}.input")
+            before.save(folder / "before.safetensors")
             return {"samples": self.data.calibration.size}
 
         key = {

@@ -6,7 +6,7 @@ Grids by precision stand in docs/architecture.md, section 3. This is the baselin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d_deploy.calibrate import Calibration
+from s2d_deploy.equalized_linear import layer_name
 from s2d_deploy.errors import DataError, ModelError, PlanError, RecipeError, message
 from s2d_deploy.grid import Granularity, Grid, PerAxis, PerBlock, PerTensor, PerToken
 from s2d_deploy.observers import Method, activation_parameters, weight_parameters
@@ -75,8 +76,10 @@ def build_plan(
             "calibration_samples": calibration.samples,
         },
     )
-    _check_patterns(ops, config)
-    chosen = {name: _precision_of(op, wanted, config) for name, op in ops.items()}
+    # A layer that something was inserted into is called by its old name, too: a recipe knows no other.
+    called = {name: {name, layer_name(model, name)} for name in ops}
+    _check_patterns(called, config)
+    chosen = {name: _precision_of(op, called[name], wanted, config) for name, op in ops.items()}
     modules = dict(model.named_modules())
     _check_blocks(ops, chosen, modules, config)
     _check_weights(ops, chosen, modules)
@@ -91,13 +94,17 @@ def build_plan(
     return plan
 
 
-def _precision_of(op: Op, wanted: Precision, config: QuantizeConfig) -> Precision:
-    if wanted.name == "fp32" or any(fnmatchcase(op.name, pattern) for pattern in config.skip):
+def _matches(names: Iterable[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def _precision_of(op: Op, names: Iterable[str], wanted: Precision, config: QuantizeConfig) -> Precision:
+    if wanted.name == "fp32" or any(_matches(names, pattern) for pattern in config.skip):
         return Precision("fp32", 16, 16)
     if op.kind in ("scores", "context") and not config.attention:
         return Precision("fp32", 16, 16)
     for pattern, name in config.overrides.items():
-        if fnmatchcase(op.name, pattern):
+        if _matches(names, pattern):
             override = parse_precision(name, f"quantize.overrides[{pattern!r}]")
             # "at least": an override that keeps a layer at 8 bits must not quantize activations that
             # a weight-only precision leaves in float.
@@ -109,9 +116,9 @@ def _precision_of(op: Op, wanted: Precision, config: QuantizeConfig) -> Precisio
     return wanted
 
 
-def _check_patterns(ops: Mapping[str, Op], config: QuantizeConfig) -> None:
+def _check_patterns(ops: Mapping[str, Iterable[str]], config: QuantizeConfig) -> None:
     given = [("skip", p) for p in config.skip] + [("overrides", p) for p in config.overrides]
-    idle = [(key, p) for key, p in given if not any(fnmatchcase(name, p) for name in ops)]
+    idle = [(key, p) for key, p in given if not any(_matches(names, p) for names in ops.values())]
     if idle:
         close = get_close_matches(idle[0][1], list(ops), n=1)
         raise RecipeError(

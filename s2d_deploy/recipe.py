@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from s2d_deploy.errors import RecipeError, message
+from s2d_deploy.one_shot_variants import check_variants
 from s2d_deploy.precision import BASELINE, STANDARD, parse_precision
 from s2d_deploy.registry import TARGET_GROUP, TARGETS, check_target
 from s2d_deploy.yaml_text import plain, read_yaml
@@ -92,10 +93,15 @@ class TrainSection(_Section):
 class ConditionSection(_Section):
     """Selective Spectral Decay (arXiv 2602.14432), or one of the baselines that it is compared with."""
 
-    method: Literal["s2d", "none", "control", "weight-decay", "muon"] = Field(
+    method: Literal["s2d", "none", "control", "weight-decay", "muon", "one-shot"] = Field(
         "s2d",
-        description="none: no training; else the same steps with S2D, without, with plain decay, with Muon",
+        description="none: no training; one-shot: by calibration data alone; else the same steps with S2D, without, "
+        "with plain decay, with Muon",
     )
+    one_shot: tuple[str, ...] = Field(
+        (), description="of method one-shot, in this order: shrink, shrink-next, fold, neurons, insert, bypass"
+    )
+    shrink_factor: float = Field(0.5, ge=0, le=1, description="one-shot shrinking: what is left of a singular value")
     objective: Literal["task", "distill"] = Field("task", description="task loss, or label-free self-distillation")
     application: Literal["coupled", "decoupled"] = Field(
         "decoupled", description="through the gradient, or AdamW-style"
@@ -131,6 +137,21 @@ class ConditionSection(_Section):
             )
         return split
 
+    @model_validator(mode="after")
+    def _one_shot_alone(self) -> ConditionSection:
+        if self.method == "one-shot":
+            check_variants(self.one_shot, "condition.one_shot")
+        elif self.one_shot:
+            raise ValueError(
+                message(
+                    f"condition.one_shot is not read by condition.method = {self.method}",
+                    fix="set condition.method=one-shot, or remove condition.one_shot",
+                )
+            )
+        if self.method == "one-shot" and self.qat is not None:
+            raise ValueError(message("condition.qat trains, and one-shot takes no step", fix="leave condition.qat out"))
+        return self
+
     @field_validator("qat")
     @classmethod
     def _known_qat(cls, name: str | None) -> str | None:
@@ -143,7 +164,7 @@ class ConditionSection(_Section):
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> ConditionSection:
-        if self.method != "none" and self.steps and self.warmup >= self.steps:
+        if self.method not in ("none", "one-shot") and self.steps and self.warmup >= self.steps:
             raise ValueError(
                 message(
                     "condition.warmup does not end before the steps do",
@@ -313,7 +334,8 @@ class Recipe(_Section):
             wrong.append(f"targets: listed twice: {', '.join(twice)}")
         if self.data.kind != "digits" and self.data.path is None:
             wrong.append(f"data.path is needed for data.kind = {self.data.kind}")
-        if self.data.kind == "text" and self.condition.method != "none" and self.condition.objective == "task":
+        trained = self.condition.method not in ("none", "one-shot")
+        if self.data.kind == "text" and trained and self.condition.objective == "task":
             wrong.append("condition.objective: text has no labels here; use distill")
         if wrong:
             raise ValueError("\n  ".join(wrong))
@@ -354,7 +376,9 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
         close = get_close_matches(source, known, n=1)
         if _is_file(path / "config.json"):
             raise RecipeError(
-                message(f"{source!r} is a model, not a recipe", fix="give its data to diagnose or condition: --data PATH")
+                message(
+                    f"{source!r} is a model, not a recipe", fix="give its data to diagnose or condition: --data PATH"
+                )
             )
         raise RecipeError(
             message(

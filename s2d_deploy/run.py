@@ -120,7 +120,7 @@ def document_of(
         conditioning = read_json(path)
         conditioning |= {
             "seconds": conditioned.info["seconds"],
-            "application": recipe.condition.application,
+            "application": recipe.condition.application if recipe.condition.method == "s2d" else None,
             "note": " ".join(conditioning.get("findings", [])),
         }
     baseline = pipeline.quantize(BASELINE).info
