@@ -68,6 +68,8 @@ class Context:
         seed: of every random choice.
         progress: called with a sentence now and then.
         statistics: histograms of a model's activation sites; a pipeline puts its cache here.
+        reference: for passes of kind "weights": the float model as the transforms left it, which several such passes in
+            a row all compare with. The runner puts it in; None where a pass is called by itself.
     """
 
     batches: Callable[[], Iterable[Batch]]
@@ -76,6 +78,7 @@ class Context:
     seed: int = 0
     progress: Progress = field(default=lambda _text: None)
     statistics: Callable[[nn.Module, Mapping[str, Op]], Calibration] | None = None
+    reference: nn.Module | None = None
 
     def calibration(self, model: nn.Module, ops: Mapping[str, Op]) -> Calibration:
         """Histograms of `model`'s activation sites over the calibration batches."""
@@ -192,6 +195,8 @@ def run_passes(
     for step in steps:
         context.progress(step.name)
         apply = cast(Apply, importlib.import_module(PASSES[step.name].module).apply)
+        if step.kind == "weights" and context.reference is None:
+            context = replace(context, reference=copy.deepcopy(quantized.model))
         quantized = apply(quantized, context, step.options)
         if step.kind == "weights":
             _check_on_grid(quantized, step.name)
