@@ -17,11 +17,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from s2d_deploy import __version__
+from s2d_deploy.cli_options import debug_option, model_options, recipe_options
 from s2d_deploy.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR, S2DDeployError, exit_code_of
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 _OURS = logging.getLogger("s2d_deploy")
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells count
-F = TypeVar("F", bound=Callable[..., Any])
 
 _EPILOG = """\b
 Examples:
@@ -68,49 +68,6 @@ def cli() -> None:
     A RECIPE is a YAML file, or the name of an embedded one: digits-vit, minilm. The verbs are steps of one pipeline, in
     this order; each does the steps before it where they are not done yet, and reuses them where they are.
     """
-
-
-def _debug(_ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
-    if wanted:
-        _OURS.setLevel(logging.DEBUG)
-
-
-_debug_option = click.option(
-    "--debug",
-    is_flag=True,
-    expose_value=False,
-    is_eager=True,
-    callback=_debug,
-    help="Log every step, and show the traceback of an error.",
-)
-
-
-def _recipe_options(command: F) -> F:
-    options = [
-        click.argument("recipe"),
-        click.option(
-            "--output", "-o", type=click.Path(path_type=Path), help="Run folder [default: runs/<recipe name>]."
-        ),
-        click.option(
-            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key; repeatable."
-        ),
-        click.option(
-            "--precision", "precisions", multiple=True, help="Only this precision, e.g. w4a4, and fp32; repeatable."
-        ),
-        click.option(
-            "--target", "targets", multiple=True, help="Only this target: reference, ort, tvm, tensorrt; repeatable."
-        ),
-        click.option(
-            "--threads", type=click.IntRange(min=1), help="Threads for every runtime [default: bench.threads]."
-        ),
-        click.option("--update", is_flag=True, help="The folder holds another recipe: redo what changed."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
-        click.option("--quiet", "-q", is_flag=True, help="No progress."),
-        _debug_option,
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @contextmanager
@@ -167,7 +124,7 @@ def _print(document: Any, as_json: bool, text: Callable[[], None]) -> None:
 
 @cli.command(short_help="What runs here: CPU, GPU, runtimes, rungs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-@_debug_option
+@debug_option
 def doctor(as_json: bool) -> None:
     """Say what runs here: CPU, GPU, runtimes, versions, and the rung that each precision gets.
 
@@ -197,16 +154,8 @@ def schema() -> None:
 
 
 @cli.command(short_help="Find outliers, and say whether S2D will help.")
-@_recipe_options
-@click.option(
-    "--data", "data", metavar="PATH", help="RECIPE is a model (folder or hub id), and PATH its data: no recipe needed."
-)
-@click.option(
-    "--task", type=click.Choice(["embedding", "image-classification"]), help="With --data [default: the model's]."
-)
-@click.option(
-    "--samples", type=click.IntRange(min=1), default=64, show_default=True, help="With --data: how many are looked at."
-)
+@recipe_options
+@model_options(samples=64)
 @click.option("--plots", type=click.Path(path_type=Path), help="Write spectra, PCDR and sites as SVG into this folder.")
 def diagnose(
     as_json: bool, data: str | None, task: str | None, samples: int, plots: Path | None, **options: Any
@@ -242,31 +191,65 @@ def diagnose(
             click.echo(str(path), err=True)
 
 
-@cli.command(short_help="Press the outliers down with S2D (trains first, if asked).")
-@_recipe_options
-def condition(as_json: bool, **options: Any) -> None:
+@cli.command(short_help="Press the outliers down with S2D, and say what it bought.")
+@recipe_options
+@model_options(samples=128)
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps [default: the recipe's; with --data 300].")
+@click.option(
+    "--objective",
+    type=click.Choice(["distill", "task"]),
+    help="Imitate the original, or the task's loss on labels [default: the recipe's; with --data distill].",
+)
+@click.option("--method", help="s2d, or what it is compared with: control, weight-decay, muon [default: s2d].")
+def condition(as_json: bool, data: str | None, task: str | None, samples: int, **options: Any) -> None:
     """Train (where the recipe says so) and press the outliers down with S2D.
 
     The result, <output>/condition, is a checkpoint that transformers loads with from_pretrained.
 
+    With --data RECIPE is a model, and no recipe and no labels are needed. Then a tenth of the data (or test/, beside
+    train/) is held out, and the command ends with what S2D bought: float quality, and simulated quality at each
+    --precision [default: w8a8, w4a4], before and after, with an interval. <output>/outcome holds it with plots,
+    <output>/before and after the two diagnoses. That nothing was bought is an answer, too: exit code 0.
+
     \b
+    Examples:
+      s2d-deploy condition my.yaml
+      s2d-deploy condition ./my-checkpoint --data texts.txt --out runs/mine
+      s2d-deploy condition google/vit-base-patch16-224 --data ./images --steps 500 --set condition.tau=0.9
     On two processes:
       torchrun --nproc-per-node 2 -m s2d_deploy.cli condition my.yaml
     """
+    from s2d_deploy.diagnosis_recipe import as_recipe, conditioning_sections
     from s2d_deploy.follow import follow, rank
 
-    if rank() > 0:  # the first process owns the folder and says what is to be done
-        from s2d_deploy.recipe import load_recipe
+    flags = {name: options.pop(name) for name in ("steps", "objective", "method")}
+    options["overrides"] = (*(f"condition.{k}={v}" for k, v in flags.items() if v is not None), *options["overrides"])
+    sections = conditioning_sections(flags["steps"])
+    source = options.pop("recipe")
+    with as_recipe(source, data, task, samples, purpose="conditioned", sections=sections) as recipe:
+        if rank() > 0:  # the first process owns the folder and says what is to be done
+            from s2d_deploy.recipe import load_recipe
 
-        follow(load_recipe(options["recipe"], options["overrides"]))
-        return
-    with _opened(**options) as pipeline:
-        stage = pipeline.condition()
-    _print({"stage": stage.name, "folder": str(stage.folder), **stage.info}, as_json, lambda: _say_stages([stage]))
+            follow(load_recipe(recipe, options["overrides"]))
+            return
+        with _opened(recipe, **options) as pipeline:
+            if data is None:
+                stage = pipeline.condition()
+                document = {"stage": stage.name, "folder": str(stage.folder), **stage.info}
+            else:
+                from s2d_deploy.conditioning_run import condition_and_judge
+
+                document = condition_and_judge(pipeline)
+    if data is None:
+        _print(document, as_json, lambda: _say_stages([stage]))
+    else:
+        from s2d_deploy.conditioning_view import statement, where
+
+        _print(document, as_json, lambda: click.echo(statement(document) + where(document)))
 
 
 @cli.command(short_help="Calibrate, plan each precision, measure its simulation.")
-@_recipe_options
+@recipe_options
 @click.option("--preset", help="Precisions and passes by name: the recipe's own keys give way. See the list below.")
 def quantize(as_json: bool, preset: str | None, **options: Any) -> None:
     """Calibrate, run the recipe's passes, make the plan of each precision, and measure its simulation.
@@ -291,7 +274,7 @@ def quantize(as_json: bool, preset: str | None, **options: Any) -> None:
 
 
 @cli.command(short_help="Write ONNX in each target's dialect; compile nothing.")
-@_recipe_options
+@recipe_options
 def export(as_json: bool, **options: Any) -> None:
     """Export the simulated model to ONNX, in the dialect of each target (nothing is compiled).
 
@@ -302,7 +285,7 @@ def export(as_json: bool, **options: Any) -> None:
 
 
 @cli.command(short_help="Build what each runtime loads.")
-@_recipe_options
+@recipe_options
 def build(as_json: bool, **options: Any) -> None:
     """Build each target's artifact: ONNX Runtime model, TVM library, TensorRT engine.
 
@@ -346,7 +329,7 @@ def _say_stages(stages: list[Any]) -> None:
 
 
 @cli.command(short_help="Run each artifact: accuracy, exact parity, audit.")
-@_recipe_options
+@recipe_options
 def verify(as_json: bool, **options: Any) -> None:
     """Run each artifact: accuracy, teacher-forced accumulators, codes end to end, and what it really executes.
 
@@ -358,7 +341,7 @@ def verify(as_json: bool, **options: Any) -> None:
 
 
 @cli.command(short_help="Measure latency beside the float baseline.")
-@_recipe_options
+@recipe_options
 def bench(as_json: bool, **options: Any) -> None:
     """Measure latency, interleaved with the float baseline of the same runtime (and verify, where not done yet).
 
@@ -387,7 +370,7 @@ def _measure(as_json: bool, options: dict[str, Any], *, bench: bool) -> None:
 
 
 @cli.command(short_help="Judge the run by the recipe's limits; the exit code says.")
-@_recipe_options
+@recipe_options
 def gate(as_json: bool, **options: Any) -> None:
     """Judge the run by the recipe's limits; exit code 0 pass, 1 fail or undecided.
 
@@ -400,7 +383,7 @@ def gate(as_json: bool, **options: Any) -> None:
 
 
 @cli.command(short_help="Write report.json, .html, .md and junit.xml.")
-@_recipe_options
+@recipe_options
 def report(as_json: bool, **options: Any) -> None:
     """Write report.json, report.html, report.md and junit.xml (exit code 0 whatever the gates say).
 
@@ -410,7 +393,7 @@ def report(as_json: bool, **options: Any) -> None:
 
 
 @cli.command(short_help="Everything; goes on where it was stopped.")
-@_recipe_options
+@recipe_options
 def run(as_json: bool, **options: Any) -> None:
     """Do everything: condition, quantize, export, build, verify, bench, gate, report. Resumes where it was stopped.
 
@@ -450,7 +433,7 @@ def _finish(as_json: bool, options: dict[str, Any], *, judge: bool = True) -> No
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
-@_debug_option
+@debug_option
 def compare(first: Path, second: Path, as_json: bool) -> None:
     """Show two runs (folders or report.json files) side by side."""
     from s2d_deploy.compare import compare_reports

@@ -29,7 +29,7 @@ def as_recipe(
     samples: int,
     *,
     purpose: str = "diagnosis",
-    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Iterator[str]:
     """What `recipe.load_recipe` reads: `source` itself without `data`, else a file that is made for the block.
 
@@ -39,7 +39,7 @@ def as_recipe(
         task: "embedding" or "image-classification"; None: what the model's config says.
         samples: to calibrate on (for a diagnosis: to look at).
         purpose: the last part of the recipe's name.
-        changes: keys by section that stand instead of, or beside, those made here.
+        sections: keys by section that stand instead of, or beside, those made here.
 
     Raises:
         DataError: `data` does not exist, cannot be read, or nothing in it says which kind it is; or the model has no
@@ -50,7 +50,7 @@ def as_recipe(
         yield source
         return
     document = recipe_document(source, data, task, samples, purpose)
-    for section, keys in (changes or {}).items():
+    for section, keys in (sections or {}).items():
         document[section] = {**document.get(section, {}), **keys}
     if document["data"]["kind"] == "images":
         _require_image_processor(document["model"]["pretrained"])
@@ -59,6 +59,16 @@ def as_recipe(
         path = Path(folder) / f"{document['name']}.yaml"
         path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
         yield str(path)
+
+
+def conditioning_sections(steps: int | None) -> dict[str, dict[str, Any]]:
+    """What conditioning needs beyond a diagnosis: held-out samples, steps, and precisions to be judged at."""
+    steps = 300 if steps is None else steps
+    return {
+        "data": {"test_samples": 500},
+        "condition": {"steps": steps, "warmup": min(20, steps // 10)},
+        "quantize": {"precisions": ["w8a8", "w4a4"]},
+    }
 
 
 def recipe_document(

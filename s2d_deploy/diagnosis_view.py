@@ -28,6 +28,8 @@ svg { background: #fff; } text { font: 11.5px system-ui, sans-serif; fill: #1a20
 .grid { stroke: #dde1e7; } .threshold { stroke: #a8231f; stroke-dasharray: 4 3; }
 .curve { fill: none; stroke: #0072b2; stroke-width: 1.8; } .dot { fill: #0072b2; }
 .flagged { fill: #c8500a; } .triplet { fill: #c8500a; } .gain { fill: #00876a; } .neuron { fill: #a85a8c; }
+.before { fill: #9aa2ae; } .loss { fill: #a8231f; } .interval { stroke: #6b7482; stroke-width: 2; }
+.interval.gain { stroke: #00876a; } .interval.loss { stroke: #a8231f; } .curve.before { fill: none; stroke: #9aa2ae; }
 .none { fill: #6b7482; } .unknown { fill: #c98500; } .curve.flagged { fill: none; stroke: #c8500a; }
 """
 
@@ -75,7 +77,7 @@ def write_plots(document: Mapping[str, Any], folder: Path, *, tau: float | None 
         StageError: the folder cannot be written.
     """
     plots: dict[str, Callable[[], Markup | None]] = {
-        "spectra.svg": lambda: _spectra(document["layers"]),
+        "spectra.svg": lambda: spectra(document["layers"]),
         "pcdr.svg": lambda: _pcdr(document["layers"], tau),
         "sites.svg": lambda: _sites(document.get("sites", [])),
     }
@@ -105,8 +107,11 @@ def _alone(drawing: Markup) -> str:
     return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{_STYLE}</style>{rest}\n'
 
 
-def _spectra(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """Singular values over their index, both logarithmic: the layers with the largest s_1 over the median."""
+def spectra(layers: Sequence[Mapping[str, Any]], later: Mapping[str, Mapping[str, Any]] | None = None) -> Markup | None:
+    """Singular values over their index, both logarithmic: the layers with the largest s_1 over the median.
+
+    With `later`, documents of the same layers by name, these are drawn over the first, which turn grey.
+    """
 
     def dominance(layer: Mapping[str, Any]) -> float:
         values = layer["singular_values"]
@@ -120,30 +125,46 @@ def _spectra(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
     panels = []
     for number_, layer in enumerate(chosen):
         row, column = divmod(number_, columns)
-        inner = tag("g", *_panel(layer, width, height), transform=f"translate({column * width:g},{row * height:g})")
+        drawn = _panel(layer, width, height, None if later is None else later[layer["name"]])
+        inner = tag("g", *drawn, transform=f"translate({column * width:g},{row * height:g})")
         panels.append(inner)
     rows = (len(chosen) + columns - 1) // columns
     across = min(len(chosen), columns)
     return svg.canvas(width * across, height * rows, "Singular values by layer", *panels)
 
 
-def _panel(layer: Mapping[str, Any], width: float, height: float) -> list[Markup]:
-    values = [v for v in layer["singular_values"] if v > 0]
-    step = max(1, len(values) // _POINTS)
-    curve = [(i + 1, v) for i, v in enumerate(values) if i < 8 or i % step == 0]
+def _panel(
+    layer: Mapping[str, Any], width: float, height: float, later: Mapping[str, Any] | None = None
+) -> list[Markup]:
+    curve = _curve(layer)
+    over = [] if later is None else _curve(later)
     left, bottom = 44.0, height - 40
-    x = svg.Scale(1, max(len(values), 2), left + 6, width - 12, log=True)
-    y = svg.spanning([v for _, v in curve], bottom - 6, 26, log=True)
-    state = "flagged" if layer["flagged"] else ""
+    x = svg.Scale(1, max(curve[-1][0], 2), left + 6, width - 12, log=True)
+    y = svg.spanning([v for _, v in curve + over], bottom - 6, 26, log=True)
+    state = "before" if over else "flagged" if layer["flagged"] else ""
     return [
         svg.text(left, 12, svg.shorten(layer["name"], 40), "value"),
         *(svg.line(left, y(v), width - 8, y(v), "grid") for v in y.ticks(4)),
         *(svg.text(left - 5, y(v), fmt.trimmed(v, 2), "tick", "end") for v in y.ticks(4)),
         *(svg.text(x(i), bottom + 10, fmt.trimmed(i, 3), "tick", "middle") for i in x.ticks(4)),
         svg.text((left + width) / 2, bottom + 26, "index of the singular value", "caption", "middle"),
-        svg.path([(x(i), y(v)) for i, v in curve], f"curve {state}".strip()),
-        *(svg.mark(x(i), y(v), "dot", state, f"s{i}: {fmt.number(v)}", r=3) for i, v in curve[:3]),
+        *_drawn(curve, x, y, state, "before: " if over else ""),
+        *_drawn(over, x, y, "flagged", "after: "),
     ]
+
+
+def _curve(layer: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """(index, singular value): all of the first, then about `_POINTS` of the rest, the last included."""
+    values = [v for v in layer["singular_values"] if v > 0]
+    step = max(1, len(values) // _POINTS)
+    return [(i + 1, v) for i, v in enumerate(values) if i < 8 or i % step == 0 or i == len(values) - 1]
+
+
+def _drawn(curve: Sequence[tuple[int, float]], x: svg.Scale, y: svg.Scale, state: str, word: str) -> list[Markup]:
+    if not curve:
+        return []
+    line = svg.path([(x(i), y(v)) for i, v in curve], f"curve {state}".strip())
+    return [line, *(svg.mark(x(i), y(v), "dot", state, f"{word}s{i}: {fmt.number(v)}", r=3) for i, v in curve[:3])]
 
 
 def _pcdr(layers: Sequence[Mapping[str, Any]], tau: float | None) -> Markup | None:

@@ -1,0 +1,86 @@
+"""Options that several verbs share. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _debug(_ctx: click.Context, _option: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        logging.getLogger("s2d_deploy").setLevel(logging.DEBUG)
+
+
+debug_option = click.option(
+    "--debug",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_debug,
+    help="Log every step, and show the traceback of an error.",
+)
+
+
+def recipe_options(command: F) -> F:
+    """A recipe, its run folder, and what narrows or overrides it."""
+    return _with(
+        command,
+        click.argument("recipe"),
+        click.option(
+            "--output", "--out", "-o", type=click.Path(path_type=Path), help="Run folder [default: runs/<recipe name>]."
+        ),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key; repeatable."
+        ),
+        click.option(
+            "--precision", "precisions", multiple=True, help="Only this precision, e.g. w4a4, and fp32; repeatable."
+        ),
+        click.option(
+            "--target", "targets", multiple=True, help="Only this target: reference, ort, tvm, tensorrt; repeatable."
+        ),
+        click.option(
+            "--threads", type=click.IntRange(min=1), help="Threads for every runtime [default: bench.threads]."
+        ),
+        click.option("--update", is_flag=True, help="The folder holds another recipe: redo what changed."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
+        click.option("--quiet", "-q", is_flag=True, help="No progress."),
+        debug_option,
+    )
+
+
+def model_options(*, samples: int) -> Callable[[F], F]:
+    """A model and its data in the place of a recipe; `samples` is the default for calibration."""
+
+    def add(command: F) -> F:
+        return _with(
+            command,
+            click.option(
+                "--data", metavar="PATH", help="RECIPE is a model (folder or hub id), and PATH its data: texts, images."
+            ),
+            click.option(
+                "--task",
+                type=click.Choice(["embedding", "image-classification"]),
+                help="With --data [default: the model's].",
+            ),
+            click.option(
+                "--samples",
+                type=click.IntRange(min=1),
+                default=samples,
+                show_default=True,
+                help="With --data: how many are looked at.",
+            ),
+        )
+
+    return add
+
+
+def _with(command: F, *options: Callable[[F], F]) -> F:
+    for option in reversed(options):
+        command = option(command)
+    return command
