@@ -37,12 +37,12 @@ from s2d_deploy.calibrate import calibrate
 from s2d_deploy.condition import condition
 from s2d_deploy.diagnose import LayerDiagnosis, diagnose
 from s2d_deploy.discovery import discover
+from s2d_deploy.equalize import equalize
 from s2d_deploy.errors import DataError, message
 from s2d_deploy.evaluate import embed, neighbour_agreement, outputs, score, torch_run
 from s2d_deploy.files import write_json
 from s2d_deploy.host import versions
 from s2d_deploy.models import load_model
-from s2d_deploy.one_shot import equalize
 from s2d_deploy.pcdr import Batch
 from s2d_deploy.quantize import QuantizeConfig, build_plan
 from s2d_deploy.recipe import ModelSection
@@ -174,10 +174,17 @@ def split(lines: Sequence[str], held_out: int, calibration: int, seed: int) -> t
     return seen[:calibration], seen[calibration:], [known[i] for i in order[:held_out]]
 
 
+def trimmed(batch: Batch) -> Batch:
+    """Without the tokens that pad every sentence of the batch: the real ones do not see them."""
+    longest = int(batch["attention_mask"].sum(dim=1).max())
+    return {name: tensor[:, :longest] for name, tensor in batch.items()}
+
+
 def embeddings(model: nn.Module, held_out: Sequence[Batch]) -> Array:
     """Unit embeddings ``(n, D)`` of all held-out sentences."""
-    masks = np.concatenate([batch["attention_mask"].numpy() for batch in held_out])
-    return embed(outputs(torch_run(model, OUTPUT), OUTPUT, map(dict, held_out)), masks)
+    run = torch_run(model, OUTPUT)
+    parts = [embed(outputs(run, OUTPUT, [dict(b)]), b["attention_mask"].numpy()) for b in held_out]
+    return np.concatenate(parts)
 
 
 def compared(found: Array, reference: Array) -> dict[str, float]:
@@ -221,7 +228,8 @@ class Bench:
         return Data(
             self.encode(calibration, chosen.batch),
             self.encode(train[: chosen.steps * chosen.batch], chosen.batch),
-            self.encode(held_out, _ROWS),
+            # By length, so that there is padding to cut off.
+            [trimmed(batch) for batch in self.encode(sorted(held_out, key=len), _ROWS)],
         )
 
     def settings(self, name: str, seed: int) -> dict[str, Any]:
@@ -409,17 +417,17 @@ def arguments_parser() -> argparse.ArgumentParser:
     made.add_argument("--data", required=True, type=Path, help="text file, one sentence a line")
     made.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(DEFAULT_ARMS))
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of data order, calibration and training")
-    made.add_argument("--held-out", type=_common.positive, default=1000, help="sentences to measure on")
+    made.add_argument("--held-out", type=_common.positive, default=500, help="sentences to measure on")
     made.add_argument("--calibration", type=_common.positive, default=256, help="sentences for ranges and selection")
     made.add_argument("--length", type=_common.positive, default=32, help="tokens in a sentence, padded")
-    made.add_argument("--steps", type=_common.positive, default=100)
+    made.add_argument("--steps", type=_common.positive, default=60)
     made.add_argument("--batch", type=_common.positive, default=32, help="sentences in a step")
-    made.add_argument("--lr", type=float, default=5e-5, help="peak learning rate")
+    made.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
     made.add_argument("--warmup", type=int, default=5, help="steps")
     made.add_argument("--tau", type=float, default=0.9, help="PCDR from which on a layer is flagged")
-    made.add_argument("--k-max", type=_common.positive, default=3, help="triplets of a layer that may be pressed")
-    made.add_argument("--refresh", type=_common.positive, default=10, help="steps between refreshes")
-    made.add_argument("--factor", type=float, default=100.0, help="of the decoupled decay, times the learning rate")
+    made.add_argument("--k-max", type=_common.positive, default=8, help="triplets of a layer that may be pressed")
+    made.add_argument("--refresh", type=_common.positive, default=30, help="steps between refreshes")
+    made.add_argument("--factor", type=float, default=80.0, help="of the decoupled decay, times the learning rate")
     made.add_argument("--decay", type=float, default=5e-2, help="lambda of the coupled penalty")
     made.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
     made.add_argument("--methods", nargs="+", default=list(METHODS), choices=["mse", "absmax", "percentile"])

@@ -34,6 +34,16 @@ def test_held_out_sentences_are_the_same_for_every_seed_and_seen_by_none() -> No
         bench.split([*LINES, *LINES], 41, 10, seed=0)
 
 
+def test_padding_that_all_sentences_share_is_cut_off() -> None:
+    batch = {
+        "input_ids": torch.arange(12).reshape(2, 6),
+        "attention_mask": torch.tensor([[1] * 3 + [0] * 3, [1] * 4 + [0] * 2]),
+    }
+    cut = bench.trimmed(batch)
+    assert cut["input_ids"].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
+    assert cut["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
 def measured(seed: int, cosine: float, after: float, w4a4: float = 0.6) -> dict[str, Any]:
     state = {"sigma_max": 8.0, "max_abs_activation": 200.0, "singular_values": [8.0, 2.0, 1.0]}
     pressed = {"sigma_max": 8.0 * after, "max_abs_activation": 100.0 * after, "singular_values": [8 * after, 2.0, 1.0]}
