@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from s2d_deploy.calibrate import calibrate
-from s2d_deploy.conditioning_view import statement, write_outcome_plots
+from s2d_deploy.conditioning_view import points, statement, write_outcome_plots
 from s2d_deploy.console import Step
 from s2d_deploy.data import Dataset
 from s2d_deploy.errors import DataError, message
@@ -219,7 +219,7 @@ def verdict(
             f"{max(best['before']['pcdr']):.2f} (in {best['name']}), below tau = {tau:g}. The checkpoint holds the "
             "original's weights."
         )
-    unit = f"points of {changes[0].measure}"
+    unit = f"points of {changes[0].measure.removesuffix(' %')}"
     price = f"; the float model changed by {_shown(floats[0])}" if floats else ""
     if held_out < MIN_JUDGED:
         seen = _listed(judged) or "no precision"
@@ -229,12 +229,12 @@ def verdict(
         )
     gained, lost = [c for c in judged if c.lo > 0], [c for c in judged if c.hi < 0]
     same = [c for c in judged if c.lo <= 0 <= c.hi]
-    parts = [f"bought {_listed(gained)}" if gained else "bought nothing here"]
-    parts += [f"cost {_listed(lost)}"] if lost else []
-    parts += [f"made no difference that shows at {_places(same)}"] if same else []
-    said = f"{subject} {_joined(parts)}"
-    if not gained:
-        said += _reason(flagged, forecast, judged)
+    if gained:
+        said = f"{subject} bought {_listed(gained)}"
+    else:
+        said = f"{subject} bought nothing here{_reason(flagged, forecast, judged)}"
+    said += f"; it cost {_listed(lost, -1)}" if lost else ""
+    said += f"; no difference shows at {_joined([f'{c.precision.upper()}: {_shown(c)}' for c in same])}" if same else ""
     return f"{said}{price} ({unit}; in brackets 95 % intervals, paired, {held_out} held-out samples)."
 
 
@@ -321,20 +321,21 @@ def _reason(flagged: Sequence[Mapping[str, Any]], forecast: Mapping[str, Any], j
     return (f", because {' and '.join(reasons)}" if reasons else "") + although
 
 
-def _places(changes: Sequence[Change]) -> str:
-    return _joined([f"{c.precision.upper()}: {_shown(c)}" for c in changes])
-
-
-def _listed(changes: Sequence[Change]) -> str:
-    return _joined([f"{_shown(c)} at {c.precision.upper()}" for c in changes])
+def _listed(changes: Sequence[Change], sign: int = 1) -> str:
+    return _joined([f"{_shown(c, sign)} at {c.precision.upper()}" for c in changes])
 
 
 def _joined(parts: Sequence[str]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-def _shown(c: Change) -> str:
-    return "0 (equal outputs)" if c.change == c.lo == c.hi == 0 else f"{c.change:+.2f} ({c.lo:+.2f} to {c.hi:+.2f})"
+def _shown(c: Change, sign: int = 1) -> str:
+    """The change, or with a sign of -1 the loss, with its interval."""
+    if c.change == c.lo == c.hi == 0:
+        return "0 (equal outputs)"
+    if sign < 0:
+        return f"{-c.change:.2f} ({-c.hi:.2f} to {-c.lo:.2f})"
+    return f"{points(c.change)} ({points(c.lo)} to {points(c.hi)})"
 
 
 def _require_held_out(data: Dataset) -> None:

@@ -43,6 +43,12 @@ def statement(document: Mapping[str, Any]) -> str:
     )
 
 
+def points(value: float) -> str:
+    """A change in points, with its sign; what rounds to nothing has none."""
+    shown = f"{value:+.2f}"
+    return "0.00" if shown in ("+0.00", "-0.00") else shown
+
+
 def where(document: Mapping[str, Any]) -> str:
     """Where the checkpoint and the results lie."""
     return (
@@ -89,8 +95,8 @@ def changes_table(changes: Sequence[Mapping[str, Any]]) -> str:
             c["measure"],
             number(c["before"], ".2f"),
             number(c["after"], ".2f"),
-            number(c["change"], "+.2f"),
-            DASH if c["method"] == "equal outputs" else f"{c['lo']:+.2f} to {c['hi']:+.2f}",
+            points(c["change"]),
+            DASH if c["method"] == "equal outputs" else f"{points(c['lo'])} to {points(c['hi'])}",
             c["method"],
         )
     return _text(table)
@@ -129,21 +135,21 @@ def _pair(before: float, after: float, form: str = ".2f") -> str:
 
 
 def _outcome(changes: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """Before as a grey ring, after as a dot, with the interval of the change drawn at the dot."""
+    """The change at each precision as a dot on its interval, beside a line at 0; before and after stand at the right."""
     kept = [c for c in changes if c["measure"] == changes[0]["measure"]]
-    values = [v for c in kept for v in (c["before"], c["after"], c["before"] + c["lo"], c["before"] + c["hi"])]
     names = ["float" if c["precision"] == "fp32" else c["precision"] for c in kept]
     notes = [f"{c['before']:.2f} -> {c['after']:.2f}" for c in kept]
-    unit = f"{kept[0]['measure']}: grey before, coloured after, with the change's 95 % interval"
+    values = [0.0, *(v for c in kept for v in (c["lo"], c["change"], c["hi"]))]
+    unit = f"change in points of {kept[0]['measure'].removesuffix(' %')}, with its 95 % interval"
     plot = svg.Rows(names, values, unit, notes=notes, row=30)
+    x = plot.scale
+    plot.add(svg.line(x(0), 2, x(0), 6 + len(kept) * plot.row, "threshold", "no change"))
     for i, c in enumerate(kept):
-        x, y = plot.scale, plot.y(i)
         state = "gain" if c["lo"] > 0 else "loss" if c["hi"] < 0 else "none"
-        words = f"{names[i]}: {c['change']:+.2f} ({c['lo']:+.2f} to {c['hi']:+.2f})"
-        plot.add(svg.line(x(c["before"] + c["lo"]), y, x(c["before"] + c["hi"]), y, f"interval {state}", words))
-        plot.add(svg.mark(x(c["before"]), y, "bar", "before", f"{names[i]}: before {c['before']:.2f}", r=5))
-        plot.add(svg.mark(x(c["after"]), y, "dot", state, words, r=5))
-    return plot.render("What each precision is worth before and after conditioning")
+        words = f"{names[i]}: {points(c['change'])} ({points(c['lo'])} to {points(c['hi'])})"
+        plot.add(svg.line(x(c["lo"]), plot.y(i), x(c["hi"]), plot.y(i), f"interval {state}", words))
+        plot.add(svg.mark(x(c["change"]), plot.y(i), "dot", state, words, r=5))
+    return plot.render("What conditioning changed at each precision")
 
 
 def _layers(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -155,7 +161,7 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> Markup | None:
     plot = svg.Rows(
         [d["name"] for d in kept],
         [v for pair in pairs for v in pair],
-        "largest |output|, logarithmic: grey before, coloured after",
+        "largest |output|, logarithmic: bar before, dot after (orange where still flagged)",
         log=True,
         row=20,
         notes=[f"{fmt.trimmed(a, 3)} -> {fmt.trimmed(b, 3)}" for a, b in pairs],
