@@ -43,6 +43,7 @@ def load_images(data: Path, work: Path, size: int, seed: int) -> dict[str, Image
     Raises:
         DataError: no ImageFolder in `data`.
     """
+    work.mkdir(parents=True, exist_ok=True)
     kept = work / f"images-{size}.pt"
     if not kept.exists():
         root = data

@@ -11,6 +11,8 @@ from s2d_deploy.markup import Markup, join, tag
 from s2d_deploy.plots import figure
 from s2d_deploy.report_schema import ConditionedLayer
 
+_MORE = Markup("main { padding-top: 20px; }")
+
 
 def page(document: dict[str, Any]) -> str:
     """The plots as one HTML file, drawn with the report's own parts and style."""
@@ -25,7 +27,7 @@ def page(document: dict[str, Any]) -> str:
                 tag("section", tag("h2", f"Fine-tuning: {arm}, seed {run['seed']}"), join(p for p in made if p))
             )
     style = Markup((files("s2d_deploy") / "report.css").read_text(encoding="utf-8"))
-    head = tag("head", tag("meta", charset="utf-8"), tag("title", "S2D on CIFAR-10"), tag("style", style))
+    head = tag("head", tag("meta", charset="utf-8"), tag("title", "S2D on CIFAR-10"), tag("style", style, _MORE))
     title = tag("h1", f"S2D on a pre-LN vision transformer, CIFAR-10 ({document['created'][:10]})")
     words = tag("p", data["forecast"]["sentence"])
     return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', title, words, join(drawn))), lang='en')}\n"
