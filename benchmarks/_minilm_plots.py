@@ -20,6 +20,7 @@ _LOOKS = (
     ("diamond", "#2a9fd6"),
     ("square", "#7a6f2b"),
 )
+_SEEDS = " (mean of the seeds; the line from the least to the largest)"
 _STYLE = """
 svg { background: #fff; } text { font: 12px system-ui, sans-serif; fill: #1a2029; }
 .tick, .caption, .value { fill: #566070; font-size: 11px; } .title { font-weight: 600; font-size: 13px; }
@@ -86,7 +87,7 @@ def _by_precision(arms: dict[str, dict[str, Any]], looks: dict[str, tuple[str, s
     step, left, height = 26.0 + 11.0 * len(arms), 44.0, 330.0
     panel = left + step * len(columns) + 10
     y = svg.Scale(min(0.0 if min(values) < 0.45 * top else min(values) - 0.05 * top, *values), top, height - 46, 62)
-    marks: list[Markup] = [svg.text(8, 14, _METRICS[metric], "title"), *_key(arms, looks, 14, 36)]
+    marks: list[Markup] = [svg.text(8, 14, _METRICS[metric] + _SEEDS, "title"), *_key(arms, looks, 14, 36)]
     order = list(looks)
     for number, method in enumerate(methods):
         x0 = number * panel
@@ -105,7 +106,7 @@ def _by_precision(arms: dict[str, dict[str, Any]], looks: dict[str, tuple[str, s
                 title = f"{name}, {precision}, {method}: {v['mean']:.4g} [{v['min']:.4g}, {v['max']:.4g}]"
                 marks += [
                     svg.line(x, y(v["min"]), x, y(v["max"]), f"whisker {class_}"),
-                    svg.mark(x, y(v["mean"]), looks[name][0], class_, title, r=4),
+                    svg.mark(x, y(v["mean"]), looks[name][0], class_, title, r=3.4),
                 ]
     width = max(panel * len(methods), 30 + sum(34 + 7.0 * len(n) for n in arms))
     return svg.canvas(width, height, f"{_METRICS[metric]} by precision and arm", *marks)
@@ -146,7 +147,7 @@ def _layers(
                 title = f"{name}, {layer}: {v['mean']:.3f} [{v['min']:.3f}, {v['max']:.3f}]"
                 marks += [
                     svg.line(x(v["min"]), y, x(v["max"]), y, f"whisker {class_}"),
-                    svg.mark(x(v["mean"]), y, looks[name][0], class_, title, r=4),
+                    svg.mark(x(v["mean"]), y, looks[name][0], class_, title, r=3.4),
                 ]
     return svg.canvas(gutter + 2 * 330, bottom + 24, "Flagged layers, after over before", *marks)
 

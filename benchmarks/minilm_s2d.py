@@ -35,7 +35,7 @@ from torch import nn
 
 from s2d_deploy.calibrate import calibrate
 from s2d_deploy.condition import condition
-from s2d_deploy.diagnose import LayerDiagnosis, diagnose
+from s2d_deploy.diagnose import diagnose
 from s2d_deploy.discovery import discover
 from s2d_deploy.equalize import equalize
 from s2d_deploy.errors import DataError, message
@@ -52,8 +52,8 @@ from s2d_deploy.simulation import simulate
 
 PRECISIONS = ("w8a8", "w6a6", "w5a5", "w4a8", "w4a4")
 METHODS = ("absmax", "mse")
-# Of the outputs compared, sentences in one forward pass.
-_ROWS = 50
+# Sentences in one forward pass, for calibration and selection, and for the comparison.
+_SEEN, _ROWS = 32, 50
 # Shuffles which sentences are held out; not a seed of the experiment, so that all seeds answer the same questions.
 _HELD_OUT = 20261123
 
@@ -77,7 +77,8 @@ class Arm:
 
     Attributes:
         about: for the reader of the result file.
-        apply: changes the model in place, given the data, the options and the seed.
+        apply: changes the model in place, given the data, the options and the seed. What it finds about the
+            flagged layers, before and after, is its fact "layers".
         options: the command-line options that it reads, beside those that all arms read.
     """
 
@@ -86,8 +87,9 @@ class Arm:
     options: tuple[str, ...] = ()
 
 
-def _nothing(*_: Any) -> Facts:
-    return {}
+def _nothing(model: nn.Module, data: Data, chosen: argparse.Namespace, _: int) -> Facts:
+    found = [layer.to_dict() for layer in diagnose(model, data.calibration, tau=chosen.tau, k_max=chosen.k_max)]
+    return {"layers": flagged([{**layer, "before": layer, "after": layer} for layer in found], chosen.tau)}
 
 
 def _trained(config: Callable[[argparse.Namespace], S2DConfig | None]) -> Apply:
@@ -113,6 +115,7 @@ def _trained(config: Callable[[argparse.Namespace], S2DConfig | None]) -> Apply:
             "train_seconds": round(result.seconds, 1),
             "losses": [round(loss, 6) for loss in result.losses],
             "refreshes": len(result.refreshes),
+            "layers": flagged(result.layers, chosen.tau),
         }
 
     return apply
@@ -132,7 +135,7 @@ def _equalized(bypass: bool) -> Apply:
     return apply
 
 
-_STEPS = ("steps", "lr", "warmup")
+_STEPS = ("steps", "batch", "lr", "warmup")
 _PRESS = (*_STEPS, "refresh")
 ARMS: dict[str, Arm] = {
     "original": Arm("the model as it comes", _nothing),
@@ -196,11 +199,19 @@ def compared(found: Array, reference: Array) -> dict[str, float]:
     }
 
 
-def layer_facts(layer: LayerDiagnosis) -> dict[str, Any]:
-    """What a before-and-after needs, rounded so that result files stay readable."""
-    facts = layer.to_dict()
+def flagged(layers: Sequence[dict[str, Any]], tau: float) -> dict[str, Any]:
+    """Flagged layers, before and after, rounded so that result files stay readable.
+
+    Args:
+        layers: of a `ConditioningResult`. The control's was judged by S2D's default tau, so it is judged here again.
+        tau: PCDR from which on a layer is flagged.
+    """
     kept = ("pcdr", "k_target", "sigma_max", "max_abs_activation", "kurtosis", "singular_values")
-    return {key: _rounded(facts[key]) for key in kept}
+    return {
+        layer["name"]: {when: {key: _rounded(layer[when][key]) for key in kept} for when in ("before", "after")}
+        for layer in layers
+        if max(layer["before"]["pcdr"], default=0.0) >= tau
+    }
 
 
 def _rounded(value: Any) -> Any:
@@ -219,14 +230,13 @@ class Bench:
     lines: list[str]
     identity: dict[str, Any]
     _reference: Array | None = field(default=None, init=False)
-    _before: dict[int, list[LayerDiagnosis]] = field(default_factory=dict, init=False)
 
     def data(self, seed: int) -> Data:
         """This seed's batches; exactly as many for training as there are steps, or all there are."""
         chosen = self.chosen
         calibration, train, held_out = split(self.lines, chosen.held_out, chosen.calibration, seed)
         return Data(
-            self.encode(calibration, chosen.batch),
+            self.encode(calibration, _SEEN),
             self.encode(train[: chosen.steps * chosen.batch], chosen.batch),
             # By length, so that there is padding to cut off.
             [trimmed(batch) for batch in self.encode(sorted(held_out, key=len), _ROWS)],
@@ -234,7 +244,7 @@ class Bench:
 
     def settings(self, name: str, seed: int) -> dict[str, Any]:
         """All that a result depends on."""
-        common = ("held_out", "calibration", "batch", "length", "tau", "k_max", "precisions", "methods")
+        common = ("held_out", "calibration", "length", "tau", "k_max", "precisions", "methods")
         options = {key: getattr(self.chosen, key) for key in (*common, *ARMS[name].options)}
         return json.loads(json.dumps({"arm": name, "seed": seed, **self.identity, **options}))
 
@@ -263,18 +273,9 @@ class Bench:
         data, chosen = self.data(seed), self.chosen
         if self._reference is None:
             self._reference = embeddings(self.model, data.held_out)
-        if seed not in self._before:
-            self._before[seed] = diagnose(self.model, data.calibration, tau=chosen.tau, k_max=chosen.k_max)
         model = copy.deepcopy(self.model)
         facts = ARMS[name].apply(model, data, chosen, seed)
         model.eval()
-        after = {layer.name: layer for layer in diagnose(model, data.calibration, tau=chosen.tau, k_max=chosen.k_max)}
-        layers = {
-            layer.name: {"before": layer_facts(layer), "after": layer_facts(after[layer.name])}
-            for layer in self._before[seed]
-            # An arm may put another module into a layer's place; then there is no layer to compare.
-            if layer.flagged and layer.name in after
-        }
         quantized = {}
         ops = discover(model, data.calibration[0], OUTPUT)
         seen = calibrate(model, ops, data.calibration)
@@ -284,9 +285,9 @@ class Bench:
                 found = embeddings(simulate(model, plan), data.held_out)
                 quantized[f"{precision}/{method}"] = compared(found, self._reference)
         return {
+            "layers": facts.pop("layers", {}),
             "facts": facts,
             "float": compared(embeddings(model, data.held_out), self._reference),
-            "layers": layers,
             "quantized": quantized,
         }
 
@@ -420,8 +421,8 @@ def arguments_parser() -> argparse.ArgumentParser:
     made.add_argument("--held-out", type=_common.positive, default=500, help="sentences to measure on")
     made.add_argument("--calibration", type=_common.positive, default=256, help="sentences for ranges and selection")
     made.add_argument("--length", type=_common.positive, default=32, help="tokens in a sentence, padded")
-    made.add_argument("--steps", type=_common.positive, default=60)
-    made.add_argument("--batch", type=_common.positive, default=32, help="sentences in a step")
+    made.add_argument("--steps", type=_common.positive, default=80)
+    made.add_argument("--batch", type=_common.positive, default=16, help="sentences in a step")
     made.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
     made.add_argument("--warmup", type=int, default=5, help="steps")
     made.add_argument("--tau", type=float, default=0.9, help="PCDR from which on a layer is flagged")
