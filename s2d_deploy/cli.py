@@ -72,7 +72,7 @@ def cli() -> None:
 
 @contextmanager
 def _opened(
-    recipe: str,
+    recipe: str | dict[str, Any],
     output: Path | None,
     overrides: tuple[str, ...],
     precisions: tuple[str, ...],
@@ -174,7 +174,7 @@ def diagnose(
     from s2d_deploy.diagnosis_recipe import as_recipe
     from s2d_deploy.store import read_json
 
-    with as_recipe(options.pop("recipe"), data, task, samples) as recipe, _opened(recipe, **options) as pipeline:
+    with _opened(as_recipe(options.pop("recipe"), data, task, samples), **options) as pipeline:
         document = read_json(pipeline.diagnose().folder / "diagnosis.json")
     from s2d_deploy.diagnosis_view import sites_table, write_plots
     from s2d_deploy.tables import diagnosis_table
@@ -225,21 +225,20 @@ def condition(as_json: bool, data: str | None, task: str | None, samples: int, *
     flags = {name: options.pop(name) for name in ("steps", "objective", "method")}
     options["overrides"] = (*(f"condition.{k}={v}" for k, v in flags.items() if v is not None), *options["overrides"])
     sections = conditioning_sections(flags["steps"])
-    source = options.pop("recipe")
-    with as_recipe(source, data, task, samples, purpose="conditioned", sections=sections) as recipe:
-        if rank() > 0:  # the first process owns the folder and says what is to be done
-            from s2d_deploy.recipe import load_recipe
+    recipe = as_recipe(options.pop("recipe"), data, task, samples, purpose="conditioned", sections=sections)
+    if rank() > 0:  # the first process owns the folder and says what is to be done
+        from s2d_deploy.recipe import load_recipe
 
-            follow(load_recipe(recipe, options["overrides"]))
-            return
-        with _opened(recipe, **options) as pipeline:
-            if data is None:
-                stage = pipeline.condition()
-                document = {"stage": stage.name, "folder": str(stage.folder), **stage.info}
-            else:
-                from s2d_deploy.conditioning_run import condition_and_judge
+        follow(load_recipe(recipe, options["overrides"]))
+        return
+    with _opened(recipe, **options) as pipeline:
+        if data is None:
+            stage = pipeline.condition()
+            document = {"stage": stage.name, "folder": str(stage.folder), **stage.info}
+        else:
+            from s2d_deploy.conditioning_run import condition_and_judge
 
-                document = condition_and_judge(pipeline)
+            document = condition_and_judge(pipeline)
     if data is None:
         _print(document, as_json, lambda: _say_stages([stage]))
     else:

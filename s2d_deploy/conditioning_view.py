@@ -135,7 +135,7 @@ def _pair(before: float, after: float, form: str = ".2f") -> str:
 
 
 def _outcome(changes: Sequence[Mapping[str, Any]]) -> Markup | None:
-    """The change at each precision as a dot on its interval, beside a line at 0; before and after stand at the right."""
+    """The change at each precision as a dot on its interval, beside a line at 0; before and after at the right."""
     kept = [c for c in changes if c["measure"] == changes[0]["measure"]]
     names = ["float" if c["precision"] == "fp32" else c["precision"] for c in kept]
     notes = [f"{c['before']:.2f} -> {c['after']:.2f}" for c in kept]

@@ -7,13 +7,9 @@ and class folders count as labels only where their names are the model's own.
 from __future__ import annotations
 
 import re
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from s2d_deploy.errors import DataError, ModelError, message
 
@@ -21,7 +17,6 @@ _TEXT = (".txt", ".md", ".text")
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
-@contextmanager
 def as_recipe(
     source: str,
     data: str | None,
@@ -30,8 +25,8 @@ def as_recipe(
     *,
     purpose: str = "diagnosis",
     sections: Mapping[str, Mapping[str, Any]] | None = None,
-) -> Iterator[str]:
-    """What `recipe.load_recipe` reads: `source` itself without `data`, else a file that is made for the block.
+) -> str | dict[str, Any]:
+    """What `recipe.load_recipe` reads: `source` itself without `data`, else a document.
 
     Args:
         source: a recipe; with `data` a model folder or hub id.
@@ -47,18 +42,14 @@ def as_recipe(
         ModelError: the model's config cannot be read.
     """
     if data is None:
-        yield source
-        return
+        return source
     document = recipe_document(source, data, task, samples, purpose)
     for section, keys in (sections or {}).items():
         document[section] = {**document.get(section, {}), **keys}
     if document["data"]["kind"] == "images":
         _require_image_processor(document["model"]["pretrained"])
         _require_images(Path(document["data"]["path"]))
-    with tempfile.TemporaryDirectory(prefix="s2d-deploy-") as folder:
-        path = Path(folder) / f"{document['name']}.yaml"
-        path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-        yield str(path)
+    return document
 
 
 def conditioning_sections(steps: int | None) -> dict[str, dict[str, Any]]:

@@ -356,16 +356,18 @@ def embedded_recipes() -> dict[str, str]:
     return found
 
 
-def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
     Args:
-        source: a path to a YAML file, or the name of an embedded recipe.
+        source: a path to a YAML file, the name of an embedded recipe, or a document.
         overrides: ``key.path=value`` assignments, values in YAML.
 
     Raises:
         RecipeError: not found, not YAML, an unknown key (with a suggestion) or a bad value; all offenders at once.
     """
+    if isinstance(source, Mapping):
+        return _overridden(plain(dict(source), "recipe"), overrides, "recipe")
     path = Path(source)
     if _is_file(path):
         text, origin = _read(path), str(path)
@@ -390,6 +392,10 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     document = read_yaml(text, origin)
     if not isinstance(document, dict):
         raise RecipeError(message(f"{origin}: not a recipe", expected="a mapping of sections", found=_kind(document)))
+    return _overridden(document, overrides, origin)
+
+
+def _overridden(document: dict[str, Any], overrides: Sequence[str], origin: str) -> Recipe:
     for assignment in overrides:
         _assign(document, assignment)
     return parse_recipe(document, origin)

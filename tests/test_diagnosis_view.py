@@ -74,12 +74,10 @@ def test_a_model_and_its_data_make_a_recipe(tmp_path: Path) -> None:
     model, data = checkpoint(tmp_path / "My Model!"), tmp_path / "texts"
     data.mkdir()
     (data / "a.txt").write_text("one\ntwo\n")
-    with as_recipe(str(model), str(data), None, 8) as path:
-        recipe = load_recipe(path)
+    recipe = load_recipe(as_recipe(str(model), str(data), None, 8))
     assert recipe.name == "My-Model-diagnosis"
     assert (recipe.data.kind, recipe.data.calibration_samples, recipe.model.task) == ("text", 8, "embedding")
-    with as_recipe("digits-vit", None, None, 8) as path:
-        assert path == "digits-vit"
+    assert as_recipe("digits-vit", None, None, 8) == "digits-vit"
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "x.PNG").write_bytes(b"")
     assert recipe_document("m", str(tmp_path / "images"), "embedding", 4)["data"]["kind"] == "images"
