@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from s2d_deploy.data import Batch, Dataset, load_data
 from s2d_deploy.diagnose import diagnose_model
 from s2d_deploy.discovery import discover
 from s2d_deploy.equalized_linear import layer_name
+from s2d_deploy.error_analysis import analyse_errors
 from s2d_deploy.errors import DataError, RecipeError, message
 from s2d_deploy.evaluate import Score, outputs, score, torch_run
 from s2d_deploy.follow import tell
@@ -435,6 +436,27 @@ class Pipeline:
         }
         return self._stage(f"quantize/{precision}", key, work)
 
+    def errors(self, precision: str) -> Stage:
+        """Where the simulation's error comes from, layer by layer, on a few samples of the test split."""
+        count, size = self.recipe.quantize.error_samples, self.recipe.data.batch_size
+
+        def work(folder: Path, step: Step) -> dict[str, Any]:
+            found = analyse_errors(
+                self.quantized_model(precision),
+                self.plan(precision),
+                lambda: first_samples(self.data.test.batches(size), count),
+                self.model.output,
+                progress=step,
+            )
+            write_json(folder / "errors.json", found.to_dict())
+            worst = found.layers[0] if found.layers else None
+            step.note = f"output SNR {found.output_snr_db:.1f} dB" + (
+                f", {worst.share:.0%} of it by {worst.op}" if worst is not None else ""
+            )
+            return {"output_error": found.output_error}
+
+        return self._stage(f"errors/{precision}", {"quantize": self.quantize(precision).sha256, "samples": count}, work)
+
     def _context(self, step: Step) -> Context:
         """What the passes read. Ranges of the untouched model come from the calibrate stage."""
         untouched = weights_sha256(self.model.module)
@@ -507,6 +529,16 @@ def _require_fit(model: LoadedModel, batch: Batch) -> None:
         )
 
 
+def first_samples(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+    """Batches cut so that they hold `count` samples in all, or fewer where there are fewer."""
+    for batch in batches:
+        size = next(iter(batch.values())).shape[0]
+        yield {name: tensor[:count] for name, tensor in batch.items()}
+        count -= size
+        if count <= 0:
+            return
+
+
 def weights_sha256(module: nn.Module) -> str:
     """Digest of names and values of all weights: two models never share a stage."""
     h = hashlib.sha256()
@@ -529,7 +561,7 @@ def _quantize_key(section: QuantizeSection, precision: str) -> dict[str, Any]:
     """What the plan of one precision depends on. Blocks serve weight-only precisions, which overrides may bring in."""
     names = (precision, *section.overrides.values())
     blocked = any(parse_precision(name).activations == 16 for name in names)
-    unread = {"precisions", "preset"} if blocked else {"precisions", "preset", "block_size"}
+    unread = {"precisions", "preset", "error_samples"} | (set() if blocked else {"block_size"})
     return {k: v for k, v in _dump(section).items() if k not in unread}
 
 

@@ -193,6 +193,7 @@ class QuantizeSection(_Section):
     attention: bool = True
     skip: tuple[str, ...] = ()
     overrides: dict[str, str] = Field(default_factory=dict, description="layer pattern -> precision it keeps at least")
+    error_samples: int = Field(16, ge=0, description="test samples of the layer-by-layer error analysis; 0: none")
 
     @model_validator(mode="before")
     @classmethod

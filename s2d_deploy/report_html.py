@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from s2d_deploy import plots, plots_layers
+from s2d_deploy import plots, plots_layers, report_errors
 from s2d_deploy import report_format as fmt
 from s2d_deploy import report_summary as words
 from s2d_deploy import report_tables as tables
@@ -36,6 +36,7 @@ def to_html(report: Report) -> str:
         ("performance", "Accuracy and speed", _performance(labelled)),
         ("conditioning", "Conditioning", _conditioning(report)),
         ("layers", "Layers", _layers(report, labelled)),
+        ("errors", "Where the error comes from", report_errors.section(report.errors)),
         ("parity", "Parity", _parity(labelled)),
         ("environment", "Environment", _environment(report)),
     ]

@@ -114,6 +114,30 @@ class ActivationRange(_Open):
     after: Spread | None = None
 
 
+class LayerErrorFacts(_Open):
+    """One quantized op (`error_analysis.LayerError`); an SNR is None where nothing differs."""
+
+    op: str
+    declared: str | None = None
+    isolated_snr_db: float | None = None
+    isolated_cosine: float | None = None
+    accumulated_snr_db: float | None = None
+    accumulated_cosine: float | None = None
+    output_error: float | None = None
+    share: float | None = None
+
+
+class PrecisionErrors(_Open):
+    """Where the error of one precision's simulation comes from (`error_analysis.ErrorAnalysis`), worst layer first."""
+
+    precision: str
+    output_snr_db: float | None = None
+    output_error: float | None = None
+    additivity: float | None = None
+    samples: int | None = None
+    layers: list[LayerErrorFacts] = Field(default_factory=list)
+
+
 class Op(_Open):
     """One contraction as the artifact executes it (`session.ExecutedOp`)."""
 
@@ -245,6 +269,7 @@ class Report(_Open):
     model: ModelFacts | None = None
     conditioning: Conditioning | None = None
     ranges: list[ActivationRange] | None = None
+    errors: list[PrecisionErrors] = Field(default_factory=list)
     reproduce: list[Reproduction] = Field(default_factory=list)
     not_finite: list[str] = Field(default_factory=list)
 
