@@ -106,7 +106,7 @@ def watched_rows(
 
 def input_rows(layer: nn.Module, x: Tensor, batch: Batch) -> Tensor:
     """Rows that the layer's weight matrix multiplies: float32 ``(rows, K)``."""
-    if x.dim() == 4:
+    if hasattr(layer, "kernel_size"):
         conv = cast(nn.Conv2d, layer)  # or its simulation, which has the same attributes
         columns = nn.functional.unfold(
             x.float(), conv.kernel_size, conv.dilation, cast("tuple[int, int]", conv.padding), conv.stride
