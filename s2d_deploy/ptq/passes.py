@@ -110,7 +110,9 @@ class PassEntry:
 
 
 PASSES: dict[str, PassEntry] = {
+    "smoothquant": PassEntry("s2d_deploy.ptq.smoothquant", "transform", "SmoothQuant (Xiao et al., arXiv 2211.10438)"),
     "ranges": PassEntry("s2d_deploy.ptq.ranges", "ranges", "Range setting and round to nearest"),
+    "gptq": PassEntry("s2d_deploy.ptq.gptq", "weights", "GPTQ (Frantar et al., arXiv 2210.17323)"),
 }
 
 
