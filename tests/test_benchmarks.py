@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks"
 SCRIPTS = sorted(file.name for file in FOLDER.glob("*.py") if not file.name.startswith("_"))
 LOADING = (  # research scripts around torch itself: their help waits for it
+    "cifar_vit.py",
     "minilm_one_shot.py",
     "minilm_s2d.py",
     "s2d_cost.py",
