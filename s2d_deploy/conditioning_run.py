@@ -172,7 +172,7 @@ def outcome(
     return {
         "name": pipeline.recipe.name,
         "method": conditioned.info.get("method", section.method),
-        "steps": section.steps,
+        "steps": _steps_taken(conditioned),
         "tau": section.tau,
         "findings": conditioned.info.get("findings", []),
         "samples": {
@@ -259,6 +259,12 @@ def _change(
         return Change(precision, measure, *means, 0.0, 0.0, 0.0, "equal outputs")
     drop = paired_drop(first.tolist(), second.tolist())
     return Change(precision, measure, *means, -drop.drop, -drop.hi, -drop.lo, drop.method)
+
+
+def _steps_taken(conditioned: Stage) -> int:
+    """0 for a method that takes none, and where nothing was flagged that could be pressed."""
+    path = conditioned.folder / "conditioning.json"
+    return len(read_json(path).get("losses", [])) if path.exists() else 0
 
 
 def _measures(changes: Sequence[Change]) -> int:

@@ -23,7 +23,9 @@ _ROWS = 40
 def statement(document: Mapping[str, Any]) -> str:
     """The whole outcome as text: layers before and after, what each precision was worth, forecast and verdict."""
     samples = document["samples"]
-    steps = f"{document['method']}, {document['steps']} steps" if document["steps"] else "no steps"
+    trained = f"{document['steps']} steps of {document['method']} on {samples['training']:,d} samples"
+    if not document["steps"]:
+        trained = "No training step was taken"
     return "\n".join(
         [
             layers_table(document).rstrip(),
@@ -31,8 +33,8 @@ def statement(document: Mapping[str, Any]) -> str:
             f"{document['flagged']['after']} after.",
             "",
             changes_table(document["changes"]).rstrip(),
-            f"Trained on {samples['training']:,d} samples ({steps}), ranges from {samples['calibration']:,d} of them, "
-            f"judged on {samples['held_out']:,d} others.",
+            f"{trained}; ranges from {samples['calibration']:,d} samples; judged on {samples['held_out']:,d} others, "
+            "held out.",
             "Quantized figures are simulated. Both models are quantized alike, each with the ranges of its own "
             "activations. Intervals cover the choice of held-out samples, not that of seed and training data.",
             "",
