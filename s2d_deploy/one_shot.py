@@ -48,6 +48,9 @@ from s2d_deploy.shrink import shrink_triplets
 from s2d_deploy.simulation import simulate
 from s2d_deploy.weight_change import Change
 
+# Points below the float original up to which a result is called enough: a rule of thumb, like any gate's limit.
+ENOUGH = 5.0
+
 
 @dataclass(slots=True)
 class OneShotResult:
@@ -208,7 +211,14 @@ def _finding(result: OneShotResult) -> str:
     if result.metric.startswith("top-1"):
         moved = f"{result.cosine:.2%} of the float decisions as before"
     kind = "exact in float" if result.exact else moved
-    enough = "" if not gains or max(gains.values()) >= 1.0 else " Not enough by itself: no precision gains a point."
+    enough = ""
+    if gains:
+        worst = min(gains, key=lambda key: result.after[key])
+        missing = 100.0 - result.after[worst]
+        if max(gains.values()) < 1.0:
+            enough = " Not enough by itself: no precision gains a point."
+        elif missing > ENOUGH:
+            enough = f" Not enough by itself: {worst} still lacks {missing:.1f} points of the float original."
     where = "" if result.loadable else " It adds elementwise layers, which transformers does not load."
     return f"{result.variant}: {len(result.changes)} places, {kind}; {words}.{enough}{where}"
 
