@@ -10,7 +10,7 @@ writes it as float operators in front of QuantizeLinear.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -62,6 +62,56 @@ class BlockHadamard(nn.Module):
         return {"size": self.size}
 
 
+class ChannelScale(nn.Module):
+    """``x -> x * factor``, one positive factor for each channel (SmoothQuant, Xiao et al., arXiv 2211.10438, eq. 3).
+
+    A product, not a division by the smoothing factor: it rounds alike everywhere, and costs less. The layer behind it
+    gets its columns divided by `factor`.
+
+    Args:
+        width: number of channels; factors are 1 until they are set.
+    """
+
+    kind = "channel-scale"
+    factor: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., K)."""
+        return x * self.factor
+
+    def arguments(self) -> dict[str, Any]:
+        """What makes it again."""
+        return {"width": self.factor.numel()}
+
+
+class Chain(nn.Module):
+    """Several transforms, the first listed applied first: what `attach` makes of a second one.
+
+    Args:
+        parts: transforms, or their documents ``{"kind": ..., "arguments": ...}``.
+    """
+
+    kind = "chain"
+
+    def __init__(self, parts: Sequence[nn.Module | Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(p if isinstance(p, nn.Module) else made(p) for p in parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., K)."""
+        for part in self.parts:
+            x = part(x)
+        return x
+
+    def arguments(self) -> dict[str, Any]:
+        """What makes it again."""
+        return {"parts": [document(cast(InputTransform, part)) for part in self.parts]}
+
+
 def hadamard(size: int) -> Tensor:
     """Sylvester's Hadamard matrix over sqrt(size), float32 ``(size, size)``: symmetric and orthogonal.
 
@@ -76,17 +126,32 @@ def hadamard(size: int) -> Tensor:
     return matrix.div(size**0.5).float()
 
 
-KINDS: dict[str, type[nn.Module]] = {BlockHadamard.kind: BlockHadamard}
+KINDS: dict[str, type[nn.Module]] = {
+    BlockHadamard.kind: BlockHadamard,
+    ChannelScale.kind: ChannelScale,
+    Chain.kind: Chain,
+}
+
+
+def document(transform: InputTransform) -> dict[str, Any]:
+    """``{"kind": ..., "arguments": ...}`` of a transform; `made` reads it back."""
+    return {"kind": transform.kind, "arguments": transform.arguments()}
+
+
+def made(written: Mapping[str, Any]) -> nn.Module:
+    """The transform of a `document`, its buffers as the constructor leaves them."""
+    return KINDS[written["kind"]](**written["arguments"])
 
 
 def attach(layer: nn.Module, transform: nn.Module) -> None:
-    """Put `transform` in front of `layer`. The caller changes the weight so that the function stays.
+    """Put `transform` in front of `layer`, behind one that is there. The caller changes the weight accordingly.
 
-    Raises:
-        ModelError: the layer has one already.
+    Layers that read one tensor may share an instance; the exporter writes equal transforms of one tensor once.
     """
-    if getattr(layer, NAME, None) is not None:
-        raise ModelError(message("a layer has two input transforms", fix="use one pass that inserts them"))
+    before = getattr(layer, NAME, None)
+    if before is not None:
+        setattr(layer, NAME, Chain([*(before.parts if isinstance(before, Chain) else [before]), transform]))
+        return
     layer.add_module(NAME, transform)
     layer.register_forward_pre_hook(_apply, prepend=True)
 
@@ -110,7 +175,7 @@ def save_changes(original: nn.Module, model: nn.Module, folder: Path) -> None:
         if name not in before or not torch.equal(before[name], tensor)
     }
     kinds = {
-        name: {"kind": t.kind, "arguments": t.arguments()}
+        name: document(t)
         for name, layer in model.named_modules()
         if isinstance(t := getattr(layer, NAME, None), InputTransform)
     }
@@ -129,9 +194,9 @@ def load_changes(model: nn.Module, folder: Path) -> None:
     if not path.exists():
         return
     try:
-        document: Mapping[str, Any] = json.loads(path.read_text())
-        for name, entry in document["transforms"].items():
-            attach(model.get_submodule(name), KINDS[entry["kind"]](**entry["arguments"]))
+        written: Mapping[str, Any] = json.loads(path.read_text())
+        for name, entry in written["transforms"].items():
+            attach(model.get_submodule(name), made(entry))
         tensors = load_file(folder / _TENSORS)
         own = model.state_dict()
         wrong = [n for n, t in tensors.items() if n not in own or own[n].shape != t.shape]

@@ -13,7 +13,7 @@ from torch import nn
 from s2d_deploy.calibrate import calibrate
 from s2d_deploy.discovery import discover
 from s2d_deploy.errors import ArtifactError, ModelError
-from s2d_deploy.ptq.input_transform import BlockHadamard, attach, hadamard, load_changes, save_changes
+from s2d_deploy.ptq.input_transform import BlockHadamard, ChannelScale, attach, hadamard, load_changes, save_changes
 from s2d_deploy.quantize import build_plan
 from s2d_deploy.registry import load_exporter
 from s2d_deploy.simulation import recorded_codes, simulate
@@ -91,10 +91,24 @@ def test_export_computes_what_the_simulation_does(tmp_path: Path):
         assert np.abs(found - simulate(changed, plan).eval()(**batch).numpy()).max() < 1e-5
 
 
-def test_two_maps_in_front_of_one_layer_are_refused():
-    model, _ = small()
-    with pytest.raises(ModelError, match="two input transforms"):
-        attach(transformed(model, "a", 2).a, BlockHadamard(2))
+def test_a_second_map_comes_behind_the_first(tmp_path: Path):
+    model, batch = small()
+    changed = transformed(model, "a", 8)
+    factor = torch.rand(16) + 0.5
+    for times in (1, 2):
+        scale = ChannelScale(16)
+        scale.factor.copy_(factor)
+        attach(changed.a, scale)
+        with torch.no_grad():
+            changed.a.weight.div_(factor)
+        assert torch.allclose(changed(**batch), model(**batch), atol=1e-5)
+        assert len(changed.a.input_transform.parts) == 1 + times  # one list, not chains of chains
+    wanted = (batch["x"] @ torch.block_diag(hadamard(8), hadamard(8))) * factor * factor
+    assert torch.allclose(changed.a.input_transform(batch["x"]), wanted, atol=1e-5)
+    save_changes(model, changed, tmp_path)
+    again = copy.deepcopy(model)
+    load_changes(again, tmp_path)
+    assert torch.equal(again(**batch), changed(**batch))
 
 
 def test_changes_are_written_down_and_made_again(tmp_path: Path):
