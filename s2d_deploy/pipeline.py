@@ -366,7 +366,8 @@ class Pipeline:
             size = self.recipe.data.batch_size
             calibrate(self.model.module, self.ops, batches(size), step).save(folder / "calibration.safetensors")
             # Where layers were inserted, the original calls the op otherwise; both ranges stand under its new name.
-            names = {name: layer_name(self.model.module, name) for name in self.ops}
+            there = dict(self.original.module.named_modules())
+            names = {name: name if name in there else layer_name(self.model.module, name) for name in self.ops}
             ops = {names[name]: op for name, op in self.ops.items()}
             before = calibrate(self.original.module, ops, batches(size), step)
             for name, old in names.items():
