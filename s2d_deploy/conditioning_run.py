@@ -182,6 +182,7 @@ def outcome(
         },
         "layers": layers,
         "flagged": {"before": _flagged(diagnoses[0]), "after": _flagged(diagnoses[1])},
+        "dead": [layer["name"] for layer in diagnoses[0]["layers"] if layer["dead"]],
         "forecast": forecast,
         "changes": [asdict(change) for change in changes],
         "verdict": verdict(

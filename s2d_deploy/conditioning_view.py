@@ -26,11 +26,13 @@ def statement(document: Mapping[str, Any]) -> str:
     trained = f"{document['steps']} steps of {document['method']} on {samples['training']:,d} samples"
     if not document["steps"]:
         trained = "No training step was taken"
+    dead = document["dead"]
     return "\n".join(
         [
             layers_table(document).rstrip(),
             f"flagged at tau {document['tau']:g}: {document['flagged']['before']} layer(s) before, "
             f"{document['flagged']['after']} after.",
+            *([f"Dead in the original, their output is nothing but the bias: {', '.join(dead)}."] if dead else []),
             "",
             changes_table(document["changes"]).rstrip(),
             f"{trained}; ranges from {samples['calibration']:,d} samples; judged on {samples['held_out']:,d} others, "
