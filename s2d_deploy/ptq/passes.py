@@ -113,6 +113,9 @@ PASSES: dict[str, PassEntry] = {
     "smoothquant": PassEntry("s2d_deploy.ptq.smoothquant", "transform", "SmoothQuant (Xiao et al., arXiv 2211.10438)"),
     "ranges": PassEntry("s2d_deploy.ptq.ranges", "ranges", "Range setting and round to nearest"),
     "gptq": PassEntry("s2d_deploy.ptq.gptq", "weights", "GPTQ (Frantar et al., arXiv 2210.17323)"),
+    "bias_correction": PassEntry(
+        "s2d_deploy.ptq.bias_correction", "weights", "Bias correction (Nagel et al., arXiv 1906.04721)"
+    ),
 }
 
 

@@ -84,11 +84,19 @@ class Reconstruction:
         self.groups = layer_groups(self.simulated, quantized.plan, served, first)
         reached = {layer for group in self.groups for layer in group}
         self.left_out |= {layer: "does not run on the calibration data" for layer in served if layer not in reached}
-        if self.left_out:
-            quantized.plan.info.setdefault("left_out", {})[name] = dict(self.left_out)
-            logger.warning(
-                "%s leaves out %s", name, "; ".join(f"{layer} ({why})" for layer, why in self.left_out.items())
-            )
+        self.say_left_out()
+
+    def leave_out(self, layer: str, why: str) -> None:
+        """Remember that `layer` is not served."""
+        self.left_out[layer] = why
+
+    def say_left_out(self) -> None:
+        """Write what is left out into ``plan.info["left_out"]`` and warn, unless that has been said."""
+        said = self.quantized.plan.info.setdefault("left_out", {}) if self.left_out else {}
+        if self.left_out and said.get(self.name) != self.left_out:
+            said[self.name] = dict(self.left_out)
+            text = "; ".join(f"{layer} ({why})" for layer, why in self.left_out.items())
+            logger.warning("%s leaves out %s", self.name, text)
 
     def site(self, layer: str) -> Site:
         """The weight site of `layer`."""
@@ -108,6 +116,14 @@ class Reconstruction:
     def statistics(self, group: Sequence[str], *, with_float: bool = False) -> Statistics:
         """Moments of the group's rows over the calibration data."""
         return _moments(self.rows(group, with_float=with_float))
+
+    def means(self, group: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Means of the group's rows and of the float model's, float64 ``(K,)`` each."""
+        count, sums = 0, [torch.zeros(1, dtype=torch.float64)] * 2
+        for pair in self.rows(group, with_float=True):
+            count += pair[0].shape[0]
+            sums = [total + cast(Tensor, rows).double().sum(0) for total, rows in zip(sums, pair, strict=True)]
+        return sums[0] / max(count, 1), sums[1] / max(count, 1)
 
     def choose(self, layer: str, codes: Tensor) -> None:
         """Give `layer` the weights of `codes` (int32, the weight's shape), here and in the simulation."""
