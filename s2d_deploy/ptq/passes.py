@@ -110,9 +110,13 @@ class PassEntry:
 
 
 PASSES: dict[str, PassEntry] = {
+    "equalization": PassEntry(
+        "s2d_deploy.ptq.equalization", "transform", "Cross-layer equalization (Nagel et al., arXiv 1906.04721)"
+    ),
     "smoothquant": PassEntry("s2d_deploy.ptq.smoothquant", "transform", "SmoothQuant (Xiao et al., arXiv 2211.10438)"),
     "ranges": PassEntry("s2d_deploy.ptq.ranges", "ranges", "Range setting and round to nearest"),
     "gptq": PassEntry("s2d_deploy.ptq.gptq", "weights", "GPTQ (Frantar et al., arXiv 2210.17323)"),
+    "erq": PassEntry("s2d_deploy.ptq.erq", "weights", "ERQ (Zhong et al., arXiv 2407.06794)"),
     "bias_correction": PassEntry(
         "s2d_deploy.ptq.bias_correction", "weights", "Bias correction (Nagel et al., arXiv 1906.04721)"
     ),

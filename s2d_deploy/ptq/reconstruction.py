@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from s2d_deploy.ptq.passes import Batch, Context, Quantized, put_on_grid
 from s2d_deploy.simulation import QuantConv2d, QuantLinear, simulate
 
 logger = logging.getLogger(__name__)
+Beside = Literal["float", "simulated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Statistics:
     Attributes:
         count: rows seen.
         gram: ``(K, K)``, mean of ``q q^T``, q being what the integer product multiplies.
-        cross: ``(K, K)``, mean of ``x q^T``, x being the float model's rows; None where they were not asked for.
+        cross: ``(K, K)``, mean of ``x q^T``, x being the rows beside them; None where none were asked for.
         mean: ``(K,)`` of q.
         float_mean: ``(K,)`` of x; None as `cross`.
     """
@@ -106,21 +107,31 @@ class Reconstruction:
         """The layer of the model that is being quantized."""
         return cast(nn.Linear, self.quantized.model.get_submodule(layer))
 
-    def rows(self, group: Sequence[str], *, with_float: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Batch after batch: what the group's weights multiply ``(rows, K)`` and the float model's rows, FP32."""
-        layer = group[0]
-        with reading(self.simulated, layer) as read, reading(self.reference, layer) as read_float:
-            for batch in self.context.batches():
-                yield read(batch), read_float(batch) if with_float else None
+    def rows(self, group: Sequence[str], beside: Beside | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Batch after batch, what the group's weights multiply, and the rows `beside` them: FP32 ``(rows, K)`` each.
 
-    def statistics(self, group: Sequence[str], *, with_float: bool = False) -> Statistics:
-        """Moments of the group's rows over the calibration data."""
-        return _moments(self.rows(group, with_float=with_float))
+        Args:
+            group: of `groups`.
+            beside: "float", the float model's rows; "simulated", the simulated model's before they are quantized.
+        """
+        name = group[0]
+        layer = self.simulated.get_submodule(name)
+        for batch in self.context.batches():
+            x = layer_input(self.simulated, name, batch)
+            other = layer_input(self.reference, name, batch) if beside == "float" else x if beside else None
+            yield (
+                input_rows(layer, _operand(layer, x), batch),
+                None if other is None else input_rows(layer, other, batch),
+            )
+
+    def statistics(self, group: Sequence[str], beside: Beside | None = None) -> Statistics:
+        """Moments of the group's rows over the calibration data; arguments as of `rows`."""
+        return _moments(self.rows(group, beside))
 
     def means(self, group: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Means of the group's rows and of the float model's, float64 ``(K,)`` each."""
         count, sums = 0, [torch.zeros(1, dtype=torch.float64)] * 2
-        for pair in self.rows(group, with_float=True):
+        for pair in self.rows(group, "float"):
             count += pair[0].shape[0]
             sums = [total + cast(Tensor, rows).double().sum(0) for total, rows in zip(sums, pair, strict=True)]
         return sums[0] / max(count, 1), sums[1] / max(count, 1)
@@ -196,28 +207,27 @@ class _Reached(Exception):  # noqa: N818 - not an error: the rest of the forward
     pass
 
 
-@contextmanager
-def reading(model: nn.Module, name: str) -> Iterator[Callable[[Batch], Tensor]]:
-    """Yield a function from a batch to the rows that layer `name` multiplies; `model` runs up to that layer."""
-    layer = model.get_submodule(name)
+def layer_input(model: nn.Module, name: str, batch: Batch) -> Tensor:
+    """The tensor that layer `name` is given, before its input quantizer; `model` runs no further than that layer.
+
+    Raises:
+        ModelError: the layer does not run.
+    """
     seen: list[Tensor] = []
 
-    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen[:] = [_operand(module, args[0].detach())]
+    def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].detach())
         raise _Reached
 
-    def read(batch: Batch) -> Tensor:
-        handle = layer.register_forward_pre_hook(see)
-        try:
-            with torch.no_grad():
-                model(**batch)
-        except _Reached:
-            return input_rows(layer, seen.pop(), batch)
-        finally:
-            handle.remove()
-        raise ModelError(message(f"layer {name!r} did not run on a calibration batch"))
-
-    yield read
+    handle = model.get_submodule(name).register_forward_pre_hook(see)
+    try:
+        with torch.no_grad():
+            model(**batch)
+    except _Reached:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise ModelError(message(f"layer {name!r} did not run on a calibration batch"))
 
 
 @contextmanager

@@ -1,0 +1,184 @@
+"""ERQ: two ridge regressions, one for the error of quantized activations, one for the error of quantized weights.
+
+Zhong et al., "ERQ: Error Reduction for Post-Training Quantization of Vision Transformers", arXiv 2407.06794. For a
+layer with float weight W, float rows x and the rows q that the quantized model multiplies:
+
+1. *Activation error* (section 4.1): the weight, still in float, that reproduces ``W x`` from q,
+   ``argmin E|W x - W' q|^2 + lambda |W' - W|^2``, in closed form.
+2. *Weight error* (section 4.2): scales are set for W', half of the columns is rounded, the roundings are refined one
+   element of each row at a time (where the gradient of the output error points against the rounding error; at most
+   `refinements` times), and the other half is regressed on the error that is left. Then that half is halved, until
+   nothing is left.
+
+Against the paper: x is the float model's row, not the simulated model's before its quantizer, so errors of earlier
+layers are regressed too (`reference: simulated` is the paper's); refinement sees the exact second moments instead of
+mean and covariance as a Gaussian proxy, so a step is taken only if it lowers the error; the paper's reparameterization
+of LayerNorm inputs is another pass. lambda is a share of the mean input power instead of a constant. An output channel
+whose error would exceed that of plain rounding keeps the plain rounding. Not guaranteed: that the model's output gets
+better; and with few calibration rows (fewer than K) the regression fits noise.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from s2d_deploy.grid import PerTensor
+from s2d_deploy.observers import weight_parameters
+from s2d_deploy.ptq import passes
+from s2d_deploy.ptq.passes import Context, Quantized
+from s2d_deploy.ptq.reconstruction import Reconstruction, Statistics
+from s2d_deploy.ptq.weight_matrix import WeightMatrix, weight_matrix
+
+logger = logging.getLogger(__name__)
+
+
+class Options(passes.Options):
+    """Strength of the two regressions, and how long roundings are refined."""
+
+    activation_ridge: float = Field(
+        0.01, gt=0, description="lambda of the first regression, as a share of the mean input power"
+    )
+    weight_ridge: float = Field(
+        0.01, gt=0, description="lambda of the second regression, as a share of the mean input power"
+    )
+    refinements: int = Field(100, ge=0, description="at most so many roundings of a row are turned round in each half")
+    reference: Literal["float", "simulated"] = Field(
+        "float", description="whose rows the outputs are those of: the float model's, or the simulated one's"
+    )
+
+
+def apply(quantized: Quantized, context: Context, options: Options) -> Quantized:
+    """Choose scales and codes of every quantized weight.
+
+    Raises:
+        ModelError: no quantized weight, or weights that another pass has rounded.
+        DataError: no calibration data.
+    """
+    work = Reconstruction(quantized, context, "erq")
+    for group in work.groups:
+        statistics = work.statistics(group, options.reference)
+        for name in group:
+            context.progress(f"erq: {name}")
+            _serve(work, name, statistics, options)
+    return quantized
+
+
+def _serve(work: Reconstruction, name: str, statistics: Statistics, options: Options) -> None:
+    gram, cross = statistics.gram, cast(Tensor, statistics.cross)
+    layer, site = work.float_layer(name), work.site(name)
+    plain = weight_matrix(layer, site)
+    regressed = activation_regression(plain.weight, gram, cross, options.activation_ridge)
+    config = work.context.config
+    scale, _ = weight_parameters(regressed.float().reshape(plain.shape), site.grid, config.weights, config.percentile)
+    matrix = weight_matrix(layer, replace(site, scale=scale), weight=regressed)
+    codes = rounded_by_halves(matrix, gram, ridge=options.weight_ridge, refinements=options.refinements)
+    target = plain.weight @ cross
+    nearest = _excess(plain.values(plain.nearest_codes), gram, target)
+    chosen = _excess(matrix.values(codes), gram, target)
+    keep = nearest < chosen
+    if isinstance(site.grid.granularity, PerTensor):
+        keep = (nearest.sum() < chosen.sum()).expand(keep.shape)
+    logger.debug("erq: %s: %d of %d rows keep round to nearest", name, int(keep.sum()), keep.numel())
+    rows = keep if scale.dim() == 1 else keep.reshape(-1, *[1] * (scale.dim() - 1))
+    scale = torch.where(rows if scale.dim() else keep[0], site.scale, scale)
+    codes = torch.where(keep[:, None], plain.nearest_codes, codes)
+    work.quantized.plan.sites[site.name] = replace(site, scale=scale)
+    work.choose(name, matrix.stored(codes))
+
+
+def activation_regression(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """The weight that makes the float output from quantized rows (equation 5 of the paper).
+
+    Args:
+        weight: float64 ``(N, K)``.
+        gram: float64 ``(K, K)``, mean of ``q q^T``.
+        cross: float64 ``(K, K)``, mean of ``x q^T``.
+        ridge: lambda over the mean of the diagonal of `gram`.
+
+    Returns:
+        Float64 ``(N, K)``; `weight` itself where x is q.
+    """
+    penalty = _penalty(gram, ridge)
+    error: Tensor = weight @ (cross - gram)
+    return weight + _solve(gram, penalty, error)
+
+
+def rounded_by_halves(matrix: WeightMatrix, gram: Tensor, *, ridge: float, refinements: int) -> Tensor:
+    """Codes of the second step (section 4.2): float64 ``(N, K)``, integers.
+
+    Args:
+        matrix: N x K weights and their grid.
+        gram: float64 ``(K, K)``, mean of ``q q^T``.
+        ridge: lambda over the mean of the diagonal of `gram`.
+        refinements: of each row in each half.
+    """
+    k = gram.shape[0]
+    penalty = _penalty(gram, ridge)
+    weight = matrix.weight.clone()
+    codes = torch.empty_like(weight)
+    start = 0
+    while start < k:
+        half = slice(start, start + max((k - start + 1) // 2, 1))
+        rest = slice(half.stop, k)
+        codes[:, half] = refined(matrix, weight[:, half], half, gram[half, half], refinements)
+        if half.stop < k:
+            error = matrix.values(codes[:, half], half) - weight[:, half]
+            weight[:, rest] -= _solve(gram[rest, rest], penalty, error @ gram[half, rest])
+        start = half.stop
+    return codes
+
+
+def refined(matrix: WeightMatrix, weight: Tensor, columns: slice, gram: Tensor, steps: int) -> Tensor:
+    """Round `weight` (float64, `columns` of the matrix) to nearest, then turn single roundings round while that helps.
+
+    In every step each row turns the rounding whose gradient is largest among those that point against their rounding
+    error, and stays as it is once that does not lower its output error.
+    """
+    codes = matrix.nearest(weight, columns)
+    delta = matrix.values(codes, columns) - weight
+    gradient = delta @ gram
+    rows = torch.arange(weight.shape[0])
+    power = gram.diagonal()
+    for _ in range(steps):
+        turned = codes - delta.sign()
+        possible = (gradient * delta > 0) & (turned >= matrix.qmin) & (turned <= matrix.qmax)
+        column = torch.where(possible, gradient.abs(), -1.0).argmax(1)
+        new = turned[rows, column]
+        old_delta = delta[rows, column]
+        scale = matrix.scale[:, columns][rows, column]
+        new_delta = (new.float() * scale.float()).double() - weight[rows, column]
+        change = new_delta - old_delta
+        # Exact: e(delta + change) - e(delta) with one element changed.
+        gain = 2 * change * gradient[rows, column] + change.square() * power[column]
+        take = possible[rows, column] & (gain < 0)
+        if not bool(take.any()):
+            break
+        taken, at = rows[take], column[take]
+        codes[taken, at] = new[take]
+        delta[taken, at] = new_delta[take]
+        gradient[taken] += change[take, None] * gram[at]
+    return codes
+
+
+def _penalty(gram: Tensor, ridge: float) -> float:
+    mean = float(gram.diagonal().mean())
+    return ridge * mean if mean > 0 else 1.0
+
+
+def _solve(gram: Tensor, penalty: float, right: Tensor) -> Tensor:
+    """``right (gram + penalty I)^-1``, float64 ``(N, K)``; `gram` is positive semidefinite."""
+    damped = gram.clone()
+    damped.diagonal().add_(penalty)
+    result: Tensor = torch.cholesky_solve(right.T, torch.linalg.cholesky(damped)).T
+    return result
+
+
+def _excess(weight: Tensor, gram: Tensor, target: Tensor) -> Tensor:
+    """``E|W x - W' q|^2`` of each row but for a constant, float64 ``(N,)``; `target` is ``W E[x q^T]``."""
+    return ((weight @ gram - 2 * target) * weight).sum(1)
