@@ -254,7 +254,8 @@ def quantize(as_json: bool, preset: str | None, **options: Any) -> None:
     """Calibrate, run the recipe's passes, make the plan of each precision, and measure its simulation.
 
     Writes <output>/quantize/<precision>: plan.json and plan.safetensors hold every grid, scale and zero point;
-    changed.safetensors the weights that a pass has changed.
+    changed.safetensors the weights that a pass has changed. <output>/errors/<precision> says where the simulation's
+    error comes from, layer by layer (quantize.error_samples=0 leaves that out).
 
     \b
     Presets: int8, int8_smoothquant, int4_awq, int4_gptq, w4a8, w4a4, w4a4_rotated, w4a4_erq, w4a4_repq, nvfp4
@@ -269,7 +270,16 @@ def quantize(as_json: bool, preset: str | None, **options: Any) -> None:
         options["overrides"] = (*(f"quantize.{k}={json.dumps(v)}" for k, v in keys.items()), *options["overrides"])
     with _opened(**options) as pipeline:
         stages = [pipeline.quantize(p) for p in pipeline.precisions]
-    _print([{"stage": s.name, "folder": str(s.folder), **s.info} for s in stages], as_json, lambda: _say_stages(stages))
+        analysed = pipeline.error_analyses()
+    from s2d_deploy.tables import errors_table
+
+    def text() -> None:
+        _say_stages(stages)
+        if analysed:
+            click.echo(errors_table(analysed))
+
+    document = [{"stage": s.name, "folder": str(s.folder), **s.info} for s in stages]
+    _print(document, as_json, text)
 
 
 @cli.command(short_help="Write ONNX in each target's dialect; compile nothing.")

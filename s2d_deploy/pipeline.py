@@ -46,7 +46,7 @@ from s2d_deploy.registry import load_exporter
 from s2d_deploy.s2d import S2DConfig
 from s2d_deploy.session import Array
 from s2d_deploy.simulation import simulate
-from s2d_deploy.store import RunFolder, Stage, write_json
+from s2d_deploy.store import RunFolder, Stage, read_json, write_json
 from s2d_deploy.train import train
 
 _OUTPUTS = "outputs.npz"
@@ -457,6 +457,15 @@ class Pipeline:
             return {"output_error": found.output_error}
 
         return self._stage(f"errors/{precision}", {"quantize": self.quantize(precision).sha256, "samples": count}, work)
+
+    def error_analyses(self) -> list[dict[str, Any]]:
+        """The error analysis of every precision but the baseline's; empty where the recipe asks for none."""
+        if not self.recipe.quantize.error_samples:
+            return []
+        return [
+            {"precision": p, **read_json(self.errors(p).folder / "errors.json")}
+            for p in self.recipe.quantize.precisions
+        ]
 
     def _context(self, step: Step) -> Context:
         """What the passes read. Ranges of the untouched model come from the calibrate stage."""

@@ -60,7 +60,7 @@ def run(
     errors: list[Exception] = []
     for precision in pipeline.precisions:
         pipeline.onnx(precision)
-    _errors(pipeline)
+    pipeline.error_analyses()
     for section in recipe.targets:
         deployment = Deployment(pipeline, section)
         rows += deployment.rows(bench=bench)
@@ -139,15 +139,5 @@ def document_of(
         results=rows,
         gates=[v.to_dict() for v in verdicts],
         ranges=pipeline.ranges() if len(pipeline.precisions) > 1 else [],
-        errors=_errors(pipeline),
+        errors=pipeline.error_analyses(),
     )
-
-
-def _errors(pipeline: Pipeline) -> list[dict[str, Any]]:
-    """The error analysis of every precision."""
-    if not pipeline.recipe.quantize.error_samples:
-        return []
-    return [
-        {"precision": p, **read_json(pipeline.errors(p).folder / "errors.json")}
-        for p in pipeline.recipe.quantize.precisions
-    ]

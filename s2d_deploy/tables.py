@@ -98,6 +98,27 @@ def diagnosis_table(layers: Iterable[Mapping[str, Any]]) -> str:
     return _text(table)
 
 
+def errors_table(analyses: Iterable[Mapping[str, Any]], worst: int = 5) -> str:
+    """The worst layers of each precision (`error_analysis.ErrorAnalysis.to_dict`, with its precision)."""
+    table = Table(title=f"the {worst} layers that make most of each simulation's error", title_justify="left")
+    for name in ("precision", "layer", "declared"):
+        table.add_column(name, overflow="fold")
+    for name in ("share", "isolated dB", "accumulated dB", "output dB"):
+        table.add_column(name, justify="right")
+    for analysis in analyses:
+        for i, layer in enumerate(analysis["layers"][:worst]):
+            table.add_row(
+                analysis["precision"] if i == 0 else "",
+                layer["op"],
+                layer["declared"],
+                f"{layer['share']:.0%}",
+                number(layer["isolated_snr_db"], ".1f"),
+                number(layer["accumulated_snr_db"], ".1f"),
+                number(analysis["output_snr_db"], ".1f") if i == 0 else "",
+            )
+    return _text(table)
+
+
 def comparison_table(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
     """Two runs side by side."""
     table = Table(title=Text(f"{first}  |  {second}"), title_justify="left")

@@ -121,7 +121,11 @@ def test_each_verb_adds_its_own_stages_and_redoes_none(finished: Finished):
     adds = {
         "diagnose": {"train", "diagnose"},
         "condition": {"condition"},
-        "quantize": {"calibrate", *(f"quantize/{p}" for p in precisions)},
+        "quantize": {
+            "calibrate",
+            *(f"quantize/{p}" for p in precisions),
+            *(f"errors/{p}" for p in precisions if p != "fp32"),
+        },
         "export": {*(f"onnx/{p}" for p in precisions), *(f"dialect/reference/{p}" for p in precisions)},
         "build": {f"export/reference/{p}" for p in precisions},
         "verify": {f"verify/reference/{p}" for p in precisions},
