@@ -30,7 +30,7 @@ from onnxscript import opset21 as op21
 from torch import Tensor, nn
 
 from s2d_deploy import __version__
-from s2d_deploy.errors import ModelError, message
+from s2d_deploy.errors import ModelError, UnsupportedError, message
 from s2d_deploy.fake_quant import quantize
 from s2d_deploy.grid import Grid, PerToken
 from s2d_deploy.plan import Plan, Site
@@ -86,7 +86,9 @@ def export_onnx(
 
     Raises:
         ModelError: torch cannot export the model; the message carries torch's own reason.
+        UnsupportedError: sites on grids that are not uniform integers; every one is named.
     """
+    _require_integers(plan)
     module = simulate(model, plan).eval()
     dims = _dynamic_shapes(sample, dynamic or {})
     program = _trace(_Forward(module, tuple(sample), outputs).eval(), sample, outputs, dims)
@@ -111,6 +113,27 @@ def export_onnx(
     else:
         onnx.save_model(inferred, path)
     return inferred
+
+
+def _require_integers(plan: Plan) -> None:
+    """The common file holds Q/DQ on INT4 to UINT8 codes; no grid is replaced by its nearest."""
+    other: dict[str, list[str]] = {}
+    for site in plan.sites.values():
+        if not site.grid.integer:
+            other.setdefault(site.grid.name, []).append(site.name)
+    if other:
+        found = "; ".join(
+            f"{name}: {', '.join(sites[:4])}{f' and {len(sites) - 4} more' if len(sites) > 4 else ''}"
+            for name, sites in other.items()
+        )
+        raise UnsupportedError(
+            message(
+                "the common ONNX file holds uniform integer codes only",
+                expected="int and uint grids",
+                found=found,
+                fix="simulate only, or use a wN aM precision and `softmax: uniform` (ptq4vit: `twin: false`)",
+            )
+        )
 
 
 def _require_dynamic_batch(proto: onnx.ModelProto, sample: Mapping[str, Tensor]) -> None:

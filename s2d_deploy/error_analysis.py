@@ -212,7 +212,7 @@ class _Quantizers:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
-        self.made = {n: FakeQuantizer(s.grid, s.scale, s.zero_point) for n, s in plan.sites.items()}
+        self.made = {n: FakeQuantizer.of(s) for n, s in plan.sites.items()}
         self.weights: dict[str, Tensor] = {}
 
     def through(self, site: str, x: Tensor) -> Tensor:

@@ -4,6 +4,9 @@
 
 A Grid says which codes exist and which elements share a scale. It holds no scale: scales are
 measured (see `observers`) and live in the Plan. Nobody else in this package writes 2**bits.
+
+Other formats than uniform integers (FP4, logarithmic, twin) have ``x' = value(code) * scale`` with values from
+`formats`. They have no qmin and qmax: whoever computes with integer bounds is refused by name, not served wrongly.
 """
 
 from __future__ import annotations
@@ -14,6 +17,10 @@ from typing import Any, Literal
 from s2d_deploy.errors import PlanError, message
 
 ScaleRule = Literal["qmax", "qmin"]
+Format = Literal["int", "e2m1", "log2", "logsqrt2", "twin"]
+ScaleFormat = Literal["fp32", "e4m3", "e8m0"]
+# NVFP4 (16) and OCP MX v1.0 (32): elements that share one 8-bit scale.
+BLOCK_OF_SCALE_FORMAT = {"e4m3": 16, "e8m0": 32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +54,20 @@ class PerBlock:
     kind: Literal["block"] = "block"
 
 
-Granularity = PerTensor | PerAxis | PerToken | PerBlock
+@dataclass(frozen=True, slots=True)
+class PerTokenBlock:
+    """One scale for each run of `size` elements of the last axis, at run time: ``(B, T, K) -> (B, T, K / size)``."""
+
+    size: int
+    kind: Literal["token-block"] = "token-block"
+
+
+Granularity = PerTensor | PerAxis | PerToken | PerBlock | PerTokenBlock
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """A uniform integer grid.
+    """A uniform integer grid, or one of the formats below.
 
     Attributes:
         bits: width of a code, 2 to 8.
@@ -62,6 +77,10 @@ class Grid:
         narrow: drop the most negative code, so that the range is -qmax .. qmax.
         granularity: which elements share a scale.
         scale_rule: a symmetric signed scale is absmax / qmax ("qmax") or absmax / -qmin ("qmin").
+        format: "int"; "e2m1" (4-bit float: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives); "log2" and "logsqrt2"
+            (powers of 1/2 or of its root, for softmax output); "twin" (two uniform ranges, a fine and a coarse one).
+        scale_format: of block scales: "fp32"; "e4m3" beside one FP32 scale for the tensor (NVFP4); "e8m0" (MXFP4).
+        shift: "twin" only: the coarse step is the fine one (the scale) times 2 to this power.
     """
 
     bits: int
@@ -70,6 +89,9 @@ class Grid:
     narrow: bool = False
     granularity: Granularity = PerTensor()
     scale_rule: ScaleRule = "qmax"
+    format: Format = "int"
+    scale_format: ScaleFormat = "fp32"
+    shift: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -78,27 +100,86 @@ class Grid:
             raise PlanError(message("Grid.narrow needs a signed grid", fix="drop narrow, or set signed"))
         if isinstance(self.granularity, PerToken) and not self.symmetric:
             raise PlanError(message("a per-token grid must be symmetric", found="symmetric=False"))
+        self._check_format()
+
+    def _check_format(self) -> None:
+        g = self.granularity
+        plain = self.symmetric and not self.narrow
+        fits = {
+            "int": not isinstance(g, PerTokenBlock),
+            "e2m1": plain and self.signed and self.bits == 4,
+            "log2": plain and not self.signed and isinstance(g, PerTensor),
+            "logsqrt2": plain and not self.signed and isinstance(g, PerTensor),
+            "twin": plain and isinstance(g, PerTensor) and 0 <= self.shift <= 16,
+        }
+        if self.format not in fits:
+            raise PlanError(message("unknown Grid.format", expected=", ".join(fits), found=repr(self.format)))
+        if not fits[self.format] or (self.shift and self.format != "twin"):
+            raise PlanError(message(f"Grid.format {self.format!r} does not exist in this form", found=repr(self)))
+        if self.scale_format != "fp32":
+            size = BLOCK_OF_SCALE_FORMAT.get(self.scale_format)
+            if self.format != "e2m1" or not isinstance(g, PerBlock | PerTokenBlock) or g.size != size:
+                raise PlanError(
+                    message(
+                        f"Grid.scale_format {self.scale_format!r} does not fit",
+                        expected=f"e2m1 codes in blocks of {size}" if size else "fp32, e4m3 or e8m0",
+                        found=f"{self.format} codes, per {g.kind} {getattr(g, 'size', '')}".strip(),
+                    )
+                )
+
+    @property
+    def integer(self) -> bool:
+        """Whether codes are uniform integers: what integer kernels and Q/DQ graphs compute with."""
+        return self.format == "int"
+
+    @property
+    def name(self) -> str:
+        """``"int8"``, ``"uint4"``, ``"nvfp4"``, ``"mxfp4"``, ``"e2m1"``, ``"log2-4"``, ``"twin4"``, ..."""
+        if self.format == "int":
+            return f"{'' if self.signed else 'u'}int{self.bits}"
+        if self.format == "e2m1":
+            return {"fp32": "e2m1", "e4m3": "nvfp4", "e8m0": "mxfp4"}[self.scale_format]
+        return f"twin{self.bits}" if self.format == "twin" else f"{self.format}-{self.bits}"
+
+    def _require_integer(self, what: str) -> None:
+        if not self.integer:
+            raise PlanError(
+                message(
+                    f"a {self.name} grid has no {what}",
+                    expected="a uniform integer grid here",
+                    fix="use a wN aM precision and uniform softmax and GELU grids for what needs integers",
+                )
+            )
 
     @property
     def qmin(self) -> int:
-        """The smallest code."""
+        """The smallest code. Raises PlanError for a format that is not "int"."""
+        self._require_integer("smallest integer code")
         if not self.signed:
             return 0
         return -(1 << (self.bits - 1)) + int(self.narrow)
 
     @property
     def qmax(self) -> int:
-        """The largest code."""
+        """The largest code. Raises PlanError for a format that is not "int"."""
+        self._require_integer("largest integer code")
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
     def dynamic(self) -> bool:
         """Whether scales are computed from the tensor at run time rather than stored."""
-        return isinstance(self.granularity, PerToken)
+        return isinstance(self.granularity, PerToken | PerTokenBlock)
 
     @property
     def storage(self) -> str:
-        """ONNX element type that holds a code with the least waste: INT4, UINT4, INT8 or UINT8."""
+        """ONNX element type that holds a code with the least waste: INT4, UINT4, INT8, UINT8 or FLOAT4E2M1.
+
+        Raises:
+            PlanError: a format that ONNX has no type for.
+        """
+        if self.format == "e2m1":
+            return "FLOAT4E2M1"
+        self._require_integer("ONNX element type")
         return f"{'' if self.signed else 'U'}INT{4 if self.bits <= 4 else 8}"
 
     @property
@@ -117,6 +198,8 @@ class Grid:
             return ()
         if isinstance(g, PerToken):
             return (*shape[:-1], 1)
+        if isinstance(g, PerTokenBlock):
+            g = PerBlock(-1, g.size)
         if not -len(shape) <= g.axis < len(shape):
             raise PlanError(message(f"axis {g.axis} does not exist", found=f"shape {shape}"))
         axis = g.axis % len(shape)
@@ -148,6 +231,7 @@ class Grid:
             fields = dict(document)
             granularity = dict(fields.pop("granularity"))
             kinds = {"tensor": PerTensor, "axis": PerAxis, "token": PerToken, "block": PerBlock}
+            kinds["token-block"] = PerTokenBlock
             return cls(**fields, granularity=kinds[granularity.pop("kind")](**granularity))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(message("not a Grid", found=f"{document!r} ({error})")) from error

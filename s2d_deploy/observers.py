@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from s2d_deploy import formats
 from s2d_deploy.errors import DataError, PlanError, message
 from s2d_deploy.fake_quant import expand_parameter
 from s2d_deploy.grid import Grid, PerAxis, PerBlock, PerTensor
@@ -26,6 +27,8 @@ HALF_BINS = 16384
 # Below this magnitude bins would be narrower than FP32 can divide by; such values lie in the bins beside zero.
 _LEAST_LIMIT = 2.0**-100
 _RATIOS = torch.linspace(1.0, 0.02, 197, dtype=torch.float64)
+# Above 1 too: E2M1's steps grow, so that a block's largest value may lie better on 4 than on 6 (1.5).
+_FP4_RATIOS = torch.linspace(1.5, 0.5, 51, dtype=torch.float64)
 _WEIGHT_RATIOS = torch.linspace(1.0, 0.3, 71, dtype=torch.float64)
 
 
@@ -196,11 +199,13 @@ def weight_parameters(weight: Tensor, grid: Grid, method: Method, percent: float
 
     Args:
         weight: float, ``(N, K)`` or ``(O, I, kh, kw)``.
-        grid: symmetric and signed; per tensor, per axis or per block.
-        method: as in `activation_parameters`, but on the values themselves (MSE: 71 ratios from 1 to 0.3).
+        grid: symmetric and signed; per tensor, per axis or per block; integers, or e2m1 with its block scales.
+        method: as in `activation_parameters`, but on the values themselves (MSE: 71 ratios from 1 to 0.3;
+            FP4: 51 from 1.5 to 0.5, each rounded to the scale format).
 
     Returns:
-        float32 scales of ``grid.scale_shape(weight.shape)``, 1 for an all-zero group; int32 zeros of that shape.
+        float32 scales of ``grid.scale_shape(weight.shape)``, 1 for an all-zero group (e4m3: the tensor's scale); int32
+        zeros of that shape.
 
     Raises:
         PlanError: an affine, unsigned or per-token grid, or a block size that does not divide the width.
@@ -218,24 +223,47 @@ def weight_parameters(weight: Tensor, grid: Grid, method: Method, percent: float
         raise DataError(message(f"{bad} weights are NaN or infinite", fix="use a sound checkpoint"))
     shape = grid.scale_shape(tuple(weight.shape))
     w = weight.detach().to(torch.float32)
-    divisor = -grid.qmin if grid.scale_rule == "qmin" else grid.qmax
     if method == "percentile":
         limit = _reduce(w.abs(), grid, lambda groups: _covering(groups, percent))
     else:
         limit = _reduce(w.abs(), grid, lambda groups: groups.amax(dim=1))
-    scale = _usable((limit / divisor).reshape(shape))
+    limit = limit.reshape(shape)
+    of_tensor = weight_tensor_scale(w, grid)
+    if grid.integer:
+        limit = limit / (-grid.qmin if grid.scale_rule == "qmin" else grid.qmax)
+
+    def scale_of(ratio: float) -> Tensor:
+        # `limit` is the scale itself on an integer grid, and a magnitude on an FP4 grid, whose scales are rounded.
+        return _usable(limit * ratio) if grid.integer else formats.block_scale(limit * ratio, grid, of_tensor)
+
+    def fake_quantized(s: Tensor) -> Tensor:
+        if grid.integer:
+            return torch.round(w / s).clamp_(grid.qmin, grid.qmax).mul_(s)
+        return formats.decode(formats.encode(w / s, grid), grid).mul_(s)
+
+    scale = scale_of(1.0)
     if method == "mse":
         best_error = torch.full(shape, math.inf)
         best = scale.clone()
-        for ratio in _WEIGHT_RATIOS.to(torch.float32).tolist():
-            candidate = _usable(scale * ratio)
-            s = expand_parameter(candidate, w, grid)
-            squared = (torch.round(w / s).clamp_(grid.qmin, grid.qmax).mul_(s) - w).square_()
+        ratios = _WEIGHT_RATIOS if grid.integer else _FP4_RATIOS
+        for ratio in ratios.to(torch.float32).tolist():
+            candidate = scale_of(ratio)
+            squared = (fake_quantized(expand_parameter(candidate, w, grid)) - w).square_()
             error = _reduce(squared, grid, lambda groups: groups.sum(dim=1)).reshape(shape)
             better = error < best_error
             best, best_error = torch.where(better, candidate, best), torch.where(better, error, best_error)
         scale = best
     return scale, torch.zeros(shape, dtype=torch.int32)
+
+
+def weight_tensor_scale(weight: Tensor, grid: Grid) -> Tensor | None:
+    """The FP32 scale beside a weight's E4M3 block scales (`formats.tensor_scale`); None for every other grid."""
+    return formats.tensor_scale(weight.detach().abs().max().float()) if grid.scale_format == "e4m3" else None
+
+
+def activation_tensor_scale(histogram: Histogram) -> Tensor:
+    """The FP32 scale beside run-time E4M3 block scales, from the largest magnitude that was observed."""
+    return formats.tensor_scale(torch.tensor(histogram.absmax))
 
 
 def _covering(groups: Tensor, percent: float) -> Tensor:

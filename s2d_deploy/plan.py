@@ -1,7 +1,8 @@
 """The Plan: how one model is quantized, site by site. One document for simulation, export, audit and report.
 
 On disk a plan is two files in one folder: ``plan.json`` (ops, grids, who put them there) and
-``plan.safetensors`` (``<site>.scale`` float32, ``<site>.zero_point`` int32). No pickle is read or written.
+``plan.safetensors`` (``<site>.scale`` float32, ``<site>.zero_point`` int32, and ``<site>.tensor_scale`` float32 where
+block scales have one beside them). No pickle is read or written.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from s2d_deploy import formats
 from s2d_deploy.errors import ArtifactError, PlanError, message
 from s2d_deploy.grid import Grid
 
@@ -65,9 +67,14 @@ class Site:
         op: name of the contraction it feeds.
         role: which operand.
         grid: the codes that exist.
-        scale: float32 of the grid's scale shape; empty for a per-token grid.
+        scale: float32 of the grid's scale shape, what a code is multiplied by; empty for a dynamic grid. With block
+            scales in 8 bits, their product with `tensor_scale`.
         zero_point: int32 of the same shape.
         source: the recipe pass that put it there, e.g. ``"mse"``.
+        tensor_scale: float32 scalar: the FP32 scale of the whole tensor beside E4M3 block scales (NVFP4); else None.
+
+    Raises:
+        PlanError: scales that the grid's scale format cannot store.
     """
 
     name: str
@@ -77,6 +84,17 @@ class Site:
     scale: Tensor
     zero_point: Tensor
     source: str
+    tensor_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not formats.representable(self.scale, self.grid, self.tensor_scale):
+            raise PlanError(
+                message(
+                    f"site {self.name!r}: its block scales are not {self.grid.scale_format.upper()} numbers"
+                    + (" times its tensor scale" if self.grid.scale_format == "e4m3" else ""),
+                    fix="make them with formats.block_scale",
+                )
+            )
 
 
 @dataclass(slots=True)
@@ -113,21 +131,28 @@ class Plan:
         """What the plan promises for `op`: ``"W4A4"``, ``"W4A16"``, ..., or ``"float"``.
 
         For attention products, both operands are activations: ``"A8A8"`` would be unusual to read, so
-        the left operand stands for W: ``"W8A8"``.
+        the left operand stands for W: ``"W8A8"``. FP4 in blocks is ``"NVFP4"`` or ``"MXFP4"``; other formats that are
+        no integers are named behind: ``"W4A4 (logsqrt2-4)"``.
         """
         (left, _), (right, _) = self.ops[op].sites
+        grids = [self.sites[s].grid for s in (left, right) if s in self.sites]
+        if [g.name for g in grids] in (["nvfp4"] * 2, ["mxfp4"] * 2):
+            return grids[0].name.upper()
         bits_left = self.sites[left].grid.bits if left in self.sites else 16
         bits_right = self.sites[right].grid.bits if right in self.sites else 16
         if bits_left == bits_right == 16:
             return "float"
+        other = [g.name for g in grids if not g.integer]
+        formats_named = f" ({', '.join(other)})" if other else ""
         if self.ops[op].kind in ("linear", "conv"):
-            return f"W{bits_right}A{bits_left}"
-        return f"W{max(bits_left, bits_right)}A{max(bits_left, bits_right)}"
+            return f"W{bits_right}A{bits_left}{formats_named}"
+        return f"W{max(bits_left, bits_right)}A{max(bits_left, bits_right)}{formats_named}"
 
     def save(self, folder: Path) -> None:
         """Write ``plan.json`` and ``plan.safetensors`` into `folder`, which exists."""
         tensors = {f"{s.name}.scale": s.scale.contiguous().clone() for s in self.sites.values()}
         tensors |= {f"{s.name}.zero_point": s.zero_point.contiguous().clone() for s in self.sites.values()}
+        tensors |= {f"{s.name}.tensor_scale": s.tensor_scale for s in self.sites.values() if s.tensor_scale is not None}
         save_file(tensors, folder / "plan.safetensors")
         document = self._document() | {"tensors_sha256": _sha256((folder / "plan.safetensors").read_bytes())}
         (folder / "plan.json").write_text(json.dumps(document, indent=1) + "\n")
@@ -171,6 +196,7 @@ class Plan:
                         tensors[f"{name}.scale"],
                         tensors[f"{name}.zero_point"],
                         s["source"],
+                        tensors.get(f"{name}.tensor_scale"),
                     )
                 )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -190,6 +216,8 @@ class Plan:
             site = self.sites[name]
             h.update(site.scale.to(torch.float32).contiguous().numpy().tobytes())
             h.update(site.zero_point.to(torch.int32).contiguous().numpy().tobytes())
+            if site.tensor_scale is not None:
+                h.update(site.tensor_scale.to(torch.float32).contiguous().numpy().tobytes())
         return h.hexdigest()
 
     def _document(self) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def plan_state(plan: Plan) -> dict[str, Any]:
     """The plan as tensors and plain values, fit for ``torch.save``."""
     sites = [
         {"name": s.name, "op": s.op, "role": s.role, "grid": s.grid.to_dict(), "source": s.source}
-        | {"scale": s.scale, "zero_point": s.zero_point}
+        | {"scale": s.scale, "zero_point": s.zero_point, "tensor_scale": s.tensor_scale}
         for s in plan.sites.values()
     ]
     return {"precision": plan.precision, "ops": [asdict(op) for op in plan.ops.values()], "sites": sites}
@@ -119,7 +119,7 @@ class _InFloat(nn.Module):
         super().__init__()
         self.quantizer = None
         if site is not None:
-            self.quantizer = FakeQuantizer(site.grid, site.scale, site.zero_point).to(device)
+            self.quantizer = FakeQuantizer.of(site).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantizer is None:

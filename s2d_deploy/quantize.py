@@ -1,6 +1,8 @@
 """Calibrated statistics -> Plan: round to nearest with the chosen range setting.
 
-Grids by precision stand in docs/architecture.md, section 3. This is the baseline recipe; every later pass
+Grids by precision stand in docs/architecture.md, section 3. ``nvfp4`` and ``mxfp4`` quantize Linears; convolutions and
+attention's products stay float there (a patch embedding and products of activations along a sequence do not divide into
+blocks of 16 or 32), and the plan declares them so. This is the baseline recipe; every later pass
 (smoothing, rotation, GPTQ, ...) edits the Plan that it makes.
 """
 
@@ -18,8 +20,25 @@ from torch import Tensor, nn
 from s2d_deploy.calibrate import Calibration
 from s2d_deploy.equalized_linear import layer_name
 from s2d_deploy.errors import DataError, ModelError, PlanError, RecipeError, message
-from s2d_deploy.grid import Granularity, Grid, PerAxis, PerBlock, PerTensor, PerToken
-from s2d_deploy.observers import Method, activation_parameters, weight_parameters
+from s2d_deploy.grid import (
+    BLOCK_OF_SCALE_FORMAT,
+    Granularity,
+    Grid,
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    PerToken,
+    PerTokenBlock,
+    ScaleFormat,
+)
+from s2d_deploy.observers import (
+    Histogram,
+    Method,
+    activation_parameters,
+    activation_tensor_scale,
+    weight_parameters,
+    weight_tensor_scale,
+)
 from s2d_deploy.plan import Op, Plan, Role, Site
 from s2d_deploy.precision import Precision, parse_precision
 
@@ -82,6 +101,7 @@ def build_plan(
     chosen = {name: _precision_of(op, called[name], wanted, config) for name, op in ops.items()}
     modules = dict(model.named_modules())
     _check_blocks(ops, chosen, modules, config)
+    _check_fp4_blocks(ops, chosen)
     _check_weights(ops, chosen, modules)
     for name, op in ops.items():
         p = chosen[name]
@@ -103,16 +123,19 @@ def _precision_of(op: Op, names: Iterable[str], wanted: Precision, config: Quant
         return Precision("fp32", 16, 16)
     if op.kind in ("scores", "context") and not config.attention:
         return Precision("fp32", 16, 16)
+    chosen = _overridden(names, wanted, config)
+    return Precision("fp32", 16, 16) if chosen.format != "int" and op.kind != "linear" else chosen
+
+
+def _overridden(names: Iterable[str], wanted: Precision, config: QuantizeConfig) -> Precision:
     for pattern, name in config.overrides.items():
         if _matches(names, pattern):
             override = parse_precision(name, f"quantize.overrides[{pattern!r}]")
             # "at least": an override that keeps a layer at 8 bits must not quantize activations that
             # a weight-only precision leaves in float.
-            return Precision(
-                override.name,
-                max(override.weights, wanted.weights),
-                max(override.activations, wanted.activations),
-            )
+            bits = max(override.weights, wanted.weights), max(override.activations, wanted.activations)
+            same = [p.format for p in (override, wanted) if (p.weights, p.activations) == bits]
+            return Precision(override.name, *bits, same[0] if same else "int")
     return wanted
 
 
@@ -149,6 +172,21 @@ def _check_blocks(
         )
 
 
+def _check_fp4_blocks(ops: Mapping[str, Op], chosen: Mapping[str, Precision]) -> None:
+    """Every layer whose width FP4's fixed block size does not divide, at once."""
+    for scale_format, size in BLOCK_OF_SCALE_FORMAT.items():
+        of_format = [n for n, p in chosen.items() if p.format != "int" and _scale_format(p) == scale_format]
+        bad = [f"{n} (K = {ops[n].k})" for n in of_format if ops[n].k % size]
+        if bad:
+            raise PlanError(
+                message(
+                    f"width not divisible by the block size in {len(bad)} layer(s): {', '.join(bad)}",
+                    expected=f"a multiple of {size} for {chosen[of_format[0]].format}",
+                    fix="name them in quantize.skip, or give them integers in quantize.overrides",
+                )
+            )
+
+
 def _check_weights(ops: Mapping[str, Op], chosen: Mapping[str, Precision], modules: Mapping[str, nn.Module]) -> None:
     """Every layer to be quantized whose weights are not finite, at once."""
     bad = []
@@ -179,6 +217,13 @@ def _blocked(op: Op, precision: Precision) -> bool:
 
 
 def _weight_site(site: str, op: Op, weight: Tensor, precision: Precision, config: QuantizeConfig) -> Site:
+    if precision.format != "int":
+        scale_format = _scale_format(precision)
+        block = PerBlock(1, BLOCK_OF_SCALE_FORMAT[scale_format])
+        grid = Grid(4, format="e2m1", scale_format=scale_format, granularity=block)
+        scale, zero_point = weight_parameters(weight, grid, config.weights, config.percentile)
+        of_tensor = weight_tensor_scale(weight, grid)
+        return Site(site, op.name, "weight", grid, scale, zero_point, f"rtn-{config.weights}", of_tensor)
     granularity: Granularity = PerBlock(1, config.block_size) if _blocked(op, precision) else PerAxis(0)
     # Narrow 8-bit codes: negation stays on the grid, and an accumulator is at most K * 127 * 128.
     grid = Grid(precision.weights, narrow=precision.weights == 8, granularity=granularity)
@@ -189,6 +234,8 @@ def _weight_site(site: str, op: Op, weight: Tensor, precision: Precision, config
 def _activation_site(
     site: str, op: Op, role: Role, calibration: Calibration, precision: Precision, config: QuantizeConfig
 ) -> Site:
+    if precision.format != "int":
+        return _fp4_activation_site(site, op, role, calibration, precision)
     if config.activation_granularity == "token" and op.kind == "linear":
         return Site(
             site,
@@ -199,14 +246,7 @@ def _activation_site(
             torch.empty(0, dtype=torch.int32),
             "per-token",
         )
-    histogram = calibration.histograms.get(site)
-    if histogram is None:
-        raise DataError(
-            message(
-                f"site {site!r} has no calibration statistics",
-                fix="calibrate this model again; the statistics are older",
-            )
-        )
+    histogram = _histogram(site, calibration)
     grid = Grid(
         precision.activations,
         signed=role != "probs",
@@ -215,3 +255,29 @@ def _activation_site(
     )
     scale, zero_point = activation_parameters(histogram, grid, config.activations, config.percentile)
     return Site(site, op.name, role, grid, scale, zero_point, f"rtn-{config.activations}")
+
+
+def _fp4_activation_site(site: str, op: Op, role: Role, calibration: Calibration, precision: Precision) -> Site:
+    """Block scales are computed at run time; NVFP4's tensor scale is calibrated (from the largest magnitude)."""
+    scale_format = _scale_format(precision)
+    block = PerTokenBlock(BLOCK_OF_SCALE_FORMAT[scale_format])
+    grid = Grid(4, format="e2m1", scale_format=scale_format, granularity=block)
+    of_tensor = activation_tensor_scale(_histogram(site, calibration)) if scale_format == "e4m3" else None
+    empty = torch.empty(0), torch.empty(0, dtype=torch.int32)
+    return Site(site, op.name, role, grid, *empty, "per-block", of_tensor)
+
+
+def _scale_format(precision: Precision) -> ScaleFormat:
+    return "e4m3" if precision.format == "nvfp4" else "e8m0"
+
+
+def _histogram(site: str, calibration: Calibration) -> Histogram:
+    histogram = calibration.histograms.get(site)
+    if histogram is None:
+        raise DataError(
+            message(
+                f"site {site!r} has no calibration statistics",
+                fix="calibrate this model again; the statistics are older",
+            )
+        )
+    return histogram

@@ -138,7 +138,7 @@ def weight_codes(simulated: nn.Module) -> dict[str, Tensor]:
 
 
 def _quantizer(site: Site | None) -> nn.Module:
-    return nn.Identity() if site is None else FakeQuantizer(site.grid, site.scale, site.zero_point)
+    return nn.Identity() if site is None else FakeQuantizer.of(site)
 
 
 def _check_weight(name: str, weight: Tensor, site: Site | None) -> None:

@@ -27,7 +27,9 @@ def integer_ops(plan: Plan) -> list[Op]:
     result = []
     for op in plan.ops.values():
         sites = [plan.sites.get(name) for name, _ in op.sites]
-        if all(s is not None and not isinstance(s.grid.granularity, PerBlock | PerToken) for s in sites):
+        if all(
+            s is not None and s.grid.integer and not isinstance(s.grid.granularity, PerBlock | PerToken) for s in sites
+        ):
             result.append(op)
     return result
 

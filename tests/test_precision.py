@@ -25,6 +25,12 @@ def test_every_width_parses_in_any_case(w: int, a: int) -> None:
         assert parse_precision(f"W{w}A{a}") == Precision(f"w{w}a{a}", w, a)
 
 
+def test_four_bit_floats_are_precisions_of_their_own() -> None:
+    assert parse_precision("NVFP4") == Precision("nvfp4", 4, 4, "nvfp4")
+    assert parse_precision("mxfp4") == Precision("mxfp4", 4, 4, "mxfp4")
+    assert parse_precision("nvfp4") != parse_precision("w4a4")
+
+
 def test_names_are_canonical() -> None:
     assert parse_precision("W04a4").name == "w4a4"
     for name in ("fp32", "FP32", "float", "float32"):
@@ -39,6 +45,6 @@ def test_unknown_names_are_refused_with_the_key_and_what_exists(name: str) -> No
     with pytest.raises(RecipeError) as caught:
         parse_precision(name, "quantize.precisions")
     assert str(caught.value) == (
-        f"quantize.precisions: unknown precision {name!r}. Expected: w8a8, w4a16, w4a8, w4a4, fp32, "
-        "or w<bits>a<bits> with 2 to 8 bits (16 for float)."
+        f"quantize.precisions: unknown precision {name!r}. Expected: w8a8, w4a16, w4a8, w4a4, nvfp4, mxfp4, fp32, "
+        "or w<bits>a<bits> with 2 to 8 bits (16: float)."
     )
