@@ -25,7 +25,7 @@ from s2d_deploy.spectral import LAYER_TYPES
 
 ProducerKind = Literal["norm", "activation", "linear", "attention", "softmax", "input", "unknown"]
 # Autograd nodes that move elements and compute nothing.
-_MOVES = frozenset(
+MOVES = frozenset(
     [
         "Alias",
         "AsStrided",
@@ -52,7 +52,7 @@ _MOVES = frozenset(
         "Repeat",
     ]
 )
-_ADDS = frozenset(["Add", "Sub"])
+ADDS = frozenset(["Add", "Sub"])
 _PRODUCTS = frozenset(["Bmm", "Mm", "Matmul"])
 _LINEARS = frozenset(["Addmm", "Mm", "Linear", "MkldnnLinear"])
 _ACTIVATION_HOMES = ("torch.nn.modules.activation", "transformers.activations")
@@ -169,12 +169,13 @@ def module_kind(module: nn.Module) -> str | None:
     return None
 
 
-def _operation(node: Any) -> str:
+def operation_name(node: Any) -> str:
     """``"View"`` of ``ViewBackward0``."""
     return str(node.name()).split("::")[-1].split("Backward")[0]
 
 
-def _parents(node: Any) -> list[Any]:
+def parents_of(node: Any) -> list[Any]:
+    """The nodes whose outputs `node` reads."""
     return [parent for parent, _ in node.next_functions if parent is not None]
 
 
@@ -195,12 +196,12 @@ def _producer(site: str, x: Tensor, graph: _Graph, readers: dict[Any, set[str]])
             return Producer(site, "activation", name, tuple(_direct(graph.inputs[name], graph)))
         stream = tuple(_added(graph.inputs[name], graph))
         return Producer(site, "norm", name, stream, shared=readers.get(node, set()) != {"linear"})
-    operation = _operation(node)
+    operation = operation_name(node)
     if operation in ("Softmax", "_Softmax"):
         return Producer(site, "softmax")
     if operation in _PRODUCTS:
         values = []
-        for parent in _parents(node):
+        for parent in parents_of(node):
             behind = _behind_moves(parent, graph)
             if not isinstance(behind, str) and behind in graph.owner and graph.owner[behind][0] == "linear":
                 values.append(graph.owner[behind][1])
@@ -211,10 +212,10 @@ def _producer(site: str, x: Tensor, graph: _Graph, readers: dict[Any, set[str]])
 
 def _behind_moves(node: Any, graph: _Graph) -> Any:
     """The first node behind `node` (itself included) that computes; a sentence where the way divides."""
-    while node not in graph.owner and _operation(node) in _MOVES:
-        parents = _parents(node)
+    while node not in graph.owner and operation_name(node) in MOVES:
+        parents = parents_of(node)
         if len(parents) != 1:
-            return f"{_operation(node)} joins {len(parents)} tensors"
+            return f"{operation_name(node)} joins {len(parents)} tensors"
         node = parents[0]
     return node
 
@@ -243,8 +244,8 @@ def _added(x: Tensor, graph: _Graph) -> list[str]:
             kind, name = graph.owner[node]
             if kind == "linear" and graph.shapes[name] == x.shape:
                 found[name] = None
-        elif _operation(node) in _MOVES | _ADDS:
-            stack += _parents(node)
+        elif operation_name(node) in MOVES | ADDS:
+            stack += parents_of(node)
     return list(found)[::-1]
 
 
@@ -265,10 +266,10 @@ def _count_readers(result: Any, graph: _Graph, readers: dict[Any, set[str]]) -> 
         if node in seen:
             continue
         seen.add(node)
-        for parent in _parents(node):
+        for parent in parents_of(node):
             source = _through(parent, graph)
-            if source in graph.owner and _operation(node) not in _MOVES | {"AccumulateGrad"}:
-                operation = _operation(node)
+            if source in graph.owner and operation_name(node) not in MOVES | {"AccumulateGrad"}:
+                operation = operation_name(node)
                 readers.setdefault(source, set()).add("linear" if operation in _LINEARS else operation)
             stack.append(parent)
 
@@ -279,4 +280,13 @@ def _through(node: Any, graph: _Graph) -> Any:
     return node if isinstance(behind, str) else behind
 
 
-__all__ = ["Producer", "ProducerKind", "module_kind", "trace_producers"]
+__all__ = [
+    "ADDS",
+    "MOVES",
+    "Producer",
+    "ProducerKind",
+    "module_kind",
+    "operation_name",
+    "parents_of",
+    "trace_producers",
+]
