@@ -114,7 +114,12 @@ PASSES: dict[str, PassEntry] = {
         "s2d_deploy.ptq.equalization", "transform", "Cross-layer equalization (Nagel et al., arXiv 1906.04721)"
     ),
     "smoothquant": PassEntry("s2d_deploy.ptq.smoothquant", "transform", "SmoothQuant (Xiao et al., arXiv 2211.10438)"),
+    "awq": PassEntry("s2d_deploy.ptq.awq", "transform", "AWQ, scaling (Lin et al., arXiv 2306.00978)"),
     "ranges": PassEntry("s2d_deploy.ptq.ranges", "ranges", "Range setting and round to nearest"),
+    "mixed": PassEntry(
+        "s2d_deploy.ptq.mixed", "ranges", "Mixed precision by sensitivity (after HAWQ, arXiv 1905.03696)"
+    ),
+    "awq_clip": PassEntry("s2d_deploy.ptq.awq_clip", "weights", "AWQ, clipping (Lin et al., arXiv 2306.00978)"),
     "gptq": PassEntry("s2d_deploy.ptq.gptq", "weights", "GPTQ (Frantar et al., arXiv 2210.17323)"),
     "erq": PassEntry("s2d_deploy.ptq.erq", "weights", "ERQ (Zhong et al., arXiv 2407.06794)"),
     "bias_correction": PassEntry(
@@ -164,7 +169,13 @@ def parse_steps(passes: Sequence[str | Mapping[str, Any]], key: str = "quantize.
             )
         steps.append(Step(name, _options(name, given, f"{key}.{name}")))
     names = [step.name for step in steps]
-    if "ranges" not in names:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RecipeError(message(f"{key}: listed twice: {', '.join(twice)}"))
+    setting = [step.name for step in steps if step.kind == "ranges"]
+    if len(setting) > 1:
+        raise RecipeError(message(f"{key}: {' and '.join(setting)} both set ranges", fix="keep one of them"))
+    if not setting:
         behind = sum(step.kind == "transform" for step in steps)
         transforms_first = all(step.kind == "transform" for step in steps[:behind])
         steps.insert(behind if transforms_first else len(steps), Step("ranges", _options("ranges", {}, key)))
@@ -178,9 +189,6 @@ def parse_steps(passes: Sequence[str | Mapping[str, Any]], key: str = "quantize.
                     found=", ".join(names),
                 )
             )
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise RecipeError(message(f"{key}: listed twice: {', '.join(twice)}"))
     return steps
 
 

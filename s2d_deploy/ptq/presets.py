@@ -10,6 +10,7 @@ from s2d_deploy.errors import RecipeError, message
 PRESETS: dict[str, dict[str, Any]] = {
     "int8": {"precisions": ["w8a8"]},
     "int8_smoothquant": {"precisions": ["w8a8"], "passes": ["smoothquant"]},
+    "int4_awq": {"precisions": ["w4a16"], "passes": ["awq", "ranges", "awq_clip"]},
     "int4_gptq": {"precisions": ["w4a16"], "passes": ["gptq"]},
     "w4a8": {"precisions": ["w4a8"]},
     "w4a4": {"precisions": ["w4a4"]},

@@ -52,7 +52,7 @@ class Options(passes.Options):
 
 
 @dataclass(slots=True)
-class _Done:
+class Scaled:
     """What became of each group, for ``plan.info``."""
 
     folded: dict[str, float | None] = field(default_factory=dict)
@@ -85,10 +85,10 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     """
     model, plan = quantized.model, quantized.plan
     sample = first_sample(context.batches())
-    done = _Done()
-    groups = [g for g in reader_groups(model, sample) if _served(model, g, options, done)]
+    done = Scaled()
+    groups = [g for g in reader_groups(model, sample) if may_scale(model, g, options.insert, done)]
     if not groups:
-        raise _nothing(done)
+        raise nothing_scaled("smoothquant", done)
     peaks = input_peaks(model, context.batches(), [name for g in groups for name in g.names])
     chooser = _Chooser(model, plan, context, options, groups) if options.alpha == "auto" else None
     unchanged = Unchanged(model, sample)
@@ -104,17 +104,17 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
         factor = 1 / smoothing_factors(peak, weight, alpha)
         if group.maker and unchanged.after(
             [model.get_submodule(name) for name in (group.maker, *group.names)],
-            lambda group=group, factor=factor: _fold(model, group, factor),  # type: ignore[misc]
+            lambda group=group, factor=factor: fold(model, group, factor),  # type: ignore[misc]
         ):
             done.folded[title] = alpha
         elif options.insert:
-            _insert(model, group, factor)
+            insert_scale(model, group, factor)
             unchanged.check(f"a scale in front of {title}")
             done.inserted[title] = alpha
         else:
             done.left_out[title] = f"the model reads the output of {group.maker} elsewhere"
     if not done.folded and not done.inserted and not done.unchanged:
-        raise _nothing(done)
+        raise nothing_scaled("smoothquant", done)
     for title, reason in done.left_out.items():
         logger.info("smoothquant leaves out %s: %s", title, reason)
     plan.info["smoothquant"] = {
@@ -126,25 +126,27 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     return Quantized(model, plan)
 
 
-def _served(model: nn.Module, group: Group, options: Options, done: _Done) -> bool:
+def may_scale(model: nn.Module, group: Group, insert: bool, done: Scaled) -> bool:
+    """Whether a scale of the group's input has a place; the reason why not goes into `done`."""
     title = ", ".join(group.names)
     if not all(isinstance(model.get_submodule(name), nn.Linear) for name in group.names):
         done.left_out[title] = "a convolution reads it"
     elif group.fixed:
         done.left_out[title] = group.fixed
-    elif not group.maker and not options.insert:
+    elif not group.maker and not insert:
         done.left_out[title] = group.reason
     else:
         return True
     return False
 
 
-def _nothing(done: _Done) -> ModelError:
+def nothing_scaled(name: str, done: Scaled) -> ModelError:
+    """The error of a pass that found no tensor to scale."""
     return ModelError(
         message(
-            "smoothquant can change none of the model's layers",
+            f"{name} can change none of the model's layers",
             found="; ".join(f"{title}: {reason}" for title, reason in done.left_out.items()) or "no Linear",
-            fix="set smoothquant.insert: true, or leave the pass out",
+            fix=f"set {name}.insert: true, or leave the pass out",
         )
     )
 
@@ -153,13 +155,15 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule(name))
 
 
-def _fold(model: nn.Module, group: Group, factor: Tensor) -> None:
+def fold(model: nn.Module, group: Group, factor: Tensor) -> None:
+    """The maker gives ``x * factor`` and the group's layers undo it."""
     multiply(model.get_submodule(group.maker), factor)
     for name in group.names:
         absorb(model.get_submodule(name), factor)
 
 
-def _insert(model: nn.Module, group: Group, factor: Tensor) -> None:
+def insert_scale(model: nn.Module, group: Group, factor: Tensor) -> None:
+    """One product by `factor` in front of the group's layers, which undo it."""
     shared = ChannelScale(factor.numel())
     shared.factor.copy_(factor)
     for name in group.names:
@@ -197,10 +201,8 @@ class _Chooser:
         moved = (rows.double() / factors).float()
         for name in group.names:
             weight = _linear(self.model, name).weight.detach()
-            left = _quantized_rows(moved, self.sites.get(f"{name}.input"), self.config)
-            right = _quantized_weight(
-                (weight.double() * factors).float(), self.sites.get(f"{name}.weight"), self.config
-            )
+            left = quantized_rows(moved, self.sites.get(f"{name}.input"), self.config)
+            right = quantized_weight((weight.double() * factors).float(), self.sites.get(f"{name}.weight"), self.config)
             wanted = rows @ weight.T
             error = (left @ right.T - wanted).square().sum(1)
             power = (wanted - wanted.mean(0)).square().sum(1)  # what all tokens share carries nothing
@@ -209,7 +211,7 @@ class _Chooser:
         return total
 
 
-def _quantized_rows(x: Tensor, site: Site | None, config: QuantizeConfig) -> Tensor:
+def quantized_rows(x: Tensor, site: Site | None, config: QuantizeConfig) -> Tensor:
     """`x` (rows, K) through a range found on itself, on the grid of `site`; as it is where there is none."""
     if site is None:
         return x
@@ -223,7 +225,8 @@ def _quantized_rows(x: Tensor, site: Site | None, config: QuantizeConfig) -> Ten
     return dequantize(quantize(x, scale, zero_point, site.grid), scale, zero_point, site.grid)
 
 
-def _quantized_weight(weight: Tensor, site: Site | None, config: QuantizeConfig) -> Tensor:
+def quantized_weight(weight: Tensor, site: Site | None, config: QuantizeConfig) -> Tensor:
+    """`weight` (N, K) with a range found on itself, on the grid of `site`; as it is where there is none."""
     if site is None:
         return weight
     scale, zero_point = weight_parameters(weight, site.grid, config.weights, config.percentile)
