@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +87,16 @@ class Dataset:
     test: Samples
     fingerprint: dict[str, Any]
     max_sequence: int | None = None
+
+
+def first_samples(batches: Iterable[Mapping[str, Tensor]], count: int) -> Iterator[Batch]:
+    """Batches cut so that they hold `count` samples in all, or fewer where there are fewer."""
+    for batch in batches:
+        size = next(iter(batch.values())).shape[0]
+        yield {name: tensor[:count] for name, tensor in batch.items()}
+        count -= size
+        if count <= 0:
+            return
 
 
 def load_data(

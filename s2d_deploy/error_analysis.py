@@ -14,7 +14,7 @@ their own. One forward pass of the data for each op, so give few samples; memory
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -154,11 +154,11 @@ def analyse_errors(
     quantizers = _Quantizers(model, plan)
     for batch in batches():
         with torch.no_grad():
-            float_outputs, reference = _run(model, ops, batch, output, quantizers.isolated(found, batch))
-            other_outputs, candidate = _run(simulated, ops, batch, output, None)
+            float_ops, reference = _run(model, ops, batch, output, quantizers.isolated(found, batch))
+            other_ops, candidate = _run(simulated, ops, batch, output, None)
         for name in ops:
-            real = _real(batch, float_outputs[name], ops[name].kind)
-            found[name].accumulated.add(float_outputs[name][real], other_outputs[name][real])
+            real = _real(batch, float_ops[name], ops[name].kind)
+            found[name].accumulated.add(float_ops[name][real], other_ops[name][real])
         real = _real(batch, reference)
         final.add(reference[real], candidate[real])
         samples += next(iter(batch.values())).shape[0]
@@ -166,10 +166,11 @@ def analyse_errors(
         raise DataError(message("error analysis has no samples", expected="at least one"))
     single = dict.fromkeys(ops, 0.0)
     if explain:
+        wanted = float_outputs(model, batches(), output)
         for done, name in enumerate(ops):
             if progress is not None:
                 progress(f"error of each layer {done + 1}/{len(ops)}")
-            single[name] = output_error(model, subset(plan, [name]), batches, output)
+            single[name] = output_error(model, subset(plan, [name]), batches, output, wanted)
     total = sum(single.values())
     layers = [
         LayerError(
@@ -189,14 +190,35 @@ def analyse_errors(
     return ErrorAnalysis(layers, final.relative, total / final.relative if final.relative else math.nan, samples)
 
 
-def output_error(model: nn.Module, plan: Plan, batches: Callable[[], Iterable[Batch]], output: str) -> float:
-    """Relative error power of `output` under the simulation of `plan`: ``sum |y - y'|^2 / sum |y|^2``."""
+def float_outputs(model: nn.Module, batches: Iterable[Batch], output: str) -> list[Tensor]:
+    """The float model's output for each batch: held, so that `output_error` need not compute it again and again."""
+    with torch.no_grad():
+        return [forward(model, batch, output) for batch in batches]
+
+
+def output_error(
+    model: nn.Module,
+    plan: Plan,
+    batches: Callable[[], Iterable[Batch]],
+    output: str,
+    reference: Sequence[Tensor] | None = None,
+) -> float:
+    """Relative error power of `output` under the simulation of `plan`: ``sum |y - y'|^2 / sum |y|^2``.
+
+    Args:
+        model: the float model.
+        plan: its quantization.
+        batches: gives the same samples at every call.
+        output: of the model.
+        reference: `float_outputs` of the same batches, where they are at hand.
+    """
+    if reference is None:
+        reference = float_outputs(model, batches(), output)
     simulated, sums = simulate(model, plan).eval(), _Sums()
     with torch.no_grad():
-        for batch in batches():
-            reference = forward(model, batch, output)
-            real = _real(batch, reference)
-            sums.add(reference[real], forward(simulated, batch, output)[real])
+        for batch, wanted in zip(batches(), reference, strict=True):
+            real = _real(batch, wanted)
+            sums.add(wanted[real], forward(simulated, batch, output)[real])
     return sums.relative
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,13 +26,14 @@ from s2d_deploy import __version__
 from s2d_deploy.calibrate import Calibration, calibrate
 from s2d_deploy.condition import ConditioningResult, condition
 from s2d_deploy.console import Display, Step
-from s2d_deploy.data import Batch, Dataset, load_data
+from s2d_deploy.data import Batch, Dataset, first_samples, load_data
 from s2d_deploy.diagnose import diagnose_model
 from s2d_deploy.discovery import discover
 from s2d_deploy.equalized_linear import layer_name
 from s2d_deploy.error_analysis import analyse_errors
 from s2d_deploy.errors import DataError, RecipeError, message
 from s2d_deploy.evaluate import Score, outputs, score, torch_run
+from s2d_deploy.files import digest
 from s2d_deploy.follow import tell
 from s2d_deploy.host import versions
 from s2d_deploy.models import LoadedModel, load_model, save_checkpoint, save_companions
@@ -50,6 +53,8 @@ from s2d_deploy.store import RunFolder, Stage, read_json, write_json
 from s2d_deploy.train import train
 
 _OUTPUTS = "outputs.npz"
+_TRAINING = "training"  # checkpoints of a conditioning that has not ended
+_SAVED_EVERY = 50
 
 
 class Pipeline:
@@ -219,7 +224,7 @@ class Pipeline:
                 return {"method": "none"}
             tell({"train": True, "checkpoint": str(self.train().folder) if self.recipe.train else None})
             trained.append(True)
-            result = self._train_conditioned(step)
+            result = self._train_conditioned(step, self._resumed_from(key))
             save_checkpoint(module, folder)
             document = result.to_dict()
             # Not in the file: equal weights and findings give equal bytes, however long they took.
@@ -237,6 +242,7 @@ class Pipeline:
         if section.method == "one-shot":
             key |= self._one_shot_key()
         stage = self._stage("condition", key, work)
+        shutil.rmtree(self.store.root / _TRAINING, ignore_errors=True)
         if not trained:
             tell({"train": False})
         if not stage.cached:
@@ -290,8 +296,14 @@ class Pipeline:
         with display.step("condition") as step:
             pipeline._train_conditioned(step)
 
-    def _train_conditioned(self, step: Step) -> ConditioningResult:
-        """Train the original in place."""
+    def _resumed_from(self, key: Mapping[str, Any]) -> Path | None:
+        """Where a long training of exactly this stage is kept now and then; None where it is not worth a file."""
+        if self.recipe.condition.steps <= _SAVED_EVERY or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            return None
+        return self.store.root / _TRAINING / f"{digest(dict(key))[:16]}.pt"
+
+    def _train_conditioned(self, step: Step, checkpoint: Path | None = None) -> ConditioningResult:
+        """Train the original in place, from `checkpoint` on where an interrupted run has left one."""
         section = self.recipe.condition
         config = None if section.method != "s2d" else self._s2d_config()
         epochs = iter(range(1_000_000))
@@ -317,6 +329,8 @@ class Pipeline:
             plan=None if section.qat is None else self._qat_plan,
             accumulate=section.accumulate,
             autocast=section.autocast,
+            checkpoint_path=checkpoint,
+            checkpoint_every=_SAVED_EVERY,
             metric=lambda m: (
                 self.score(outputs(torch_run(m, self.original.output), self.original.output, self.test_batches())).value
             ),
@@ -537,16 +551,6 @@ def _require_fit(model: LoadedModel, batch: Batch) -> None:
                 fix="set model.output",
             )
         )
-
-
-def first_samples(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
-    """Batches cut so that they hold `count` samples in all, or fewer where there are fewer."""
-    for batch in batches:
-        size = next(iter(batch.values())).shape[0]
-        yield {name: tensor[:count] for name, tensor in batch.items()}
-        count -= size
-        if count <= 0:
-            return
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -115,12 +115,14 @@ PASSES: dict[str, PassEntry] = {
     ),
     "smoothquant": PassEntry("s2d_deploy.ptq.smoothquant", "transform", "SmoothQuant (Xiao et al., arXiv 2211.10438)"),
     "awq": PassEntry("s2d_deploy.ptq.awq", "transform", "AWQ, scaling (Lin et al., arXiv 2306.00978)"),
+    "repq": PassEntry("s2d_deploy.ptq.repq", "transform", "RepQ-ViT, Li et al., arXiv 2212.08254"),
     "ranges": PassEntry("s2d_deploy.ptq.ranges", "ranges", "Range setting and round to nearest"),
     "mixed": PassEntry(
         "s2d_deploy.ptq.mixed", "ranges", "Mixed precision by sensitivity (after HAWQ, arXiv 1905.03696)"
     ),
     "awq_clip": PassEntry("s2d_deploy.ptq.awq_clip", "weights", "AWQ, clipping (Lin et al., arXiv 2306.00978)"),
     "gptq": PassEntry("s2d_deploy.ptq.gptq", "weights", "GPTQ (Frantar et al., arXiv 2210.17323)"),
+    "adaround": PassEntry("s2d_deploy.ptq.adaround", "weights", "AdaRound (Nagel et al., arXiv 2004.10568)"),
     "erq": PassEntry("s2d_deploy.ptq.erq", "weights", "ERQ (Zhong et al., arXiv 2407.06794)"),
     "bias_correction": PassEntry(
         "s2d_deploy.ptq.bias_correction", "weights", "Bias correction (Nagel et al., arXiv 1906.04721)"

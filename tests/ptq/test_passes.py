@@ -116,6 +116,8 @@ def test_ranges_stand_behind_the_transforms_where_they_are_not_listed(monkeypatc
         ([3], "quantize.passes: not a pass"),
         ([{"ranges": {}, "turn": {}}], "quantize.passes: not a pass"),
         (["ranges", "ranges"], "listed twice: ranges"),
+        (["ranges", {"mixed": {"budget": 6}}], "ranges and mixed both set ranges"),
+        ([{"mixed": {}}], "quantize.passes.mixed.budget: field required"),
         (["ranges", "turn"], "'turn' cannot come behind 'ranges'"),
         (["pick", "turn"], "'ranges' cannot come behind|'turn' cannot come behind"),
     ],
@@ -132,12 +134,13 @@ def test_a_list_that_cannot_be(monkeypatch: pytest.MonkeyPatch, given: list[obje
 
 def test_every_pass_of_the_table_has_its_module():
     for name, entry in passes.PASSES.items():
-        step = parse_steps([name])
-        assert any(s.name == name for s in step)
+        steps = parse_steps([{name: NEEDED.get(name, {})}])
+        assert any(s.name == name for s in steps)
         assert entry.title
-        json.dumps([s.document() for s in step])
+        json.dumps([s.document() for s in steps])
 
 
+NEEDED = {"mixed": {"budget": 6}}  # options without a default
 RECIPE = {
     "name": "r",
     "model": {"config": {"model_type": "vit"}},
