@@ -220,7 +220,7 @@ def _finding(result: OneShotResult) -> str:
         elif missing > ENOUGH:
             enough = f" Not enough by itself: {worst} still lacks {missing:.1f} points of the float original."
     where = "" if result.loadable else " It adds elementwise layers, which transformers does not load."
-    return f"{result.variant}: {len(result.changes)} places, {kind}; {words}.{enough}{where}"
+    return f"{result.variant}: {len(result.changes)} place(s), {kind}; {words}.{enough}{where}"
 
 
 __all__ = [
