@@ -370,6 +370,7 @@ class Pipeline:
             attention=section.attention,
             skip=section.skip,
             overrides=section.overrides,
+            first_last=section.first_last,
         )
 
     def calibrate(self) -> Stage:
@@ -573,7 +574,7 @@ def _dump(section: Any) -> dict[str, Any]:
 
 def _quantize_key(section: QuantizeSection, precision: str) -> dict[str, Any]:
     """What the plan of one precision depends on. Blocks serve weight-only precisions, which overrides may bring in."""
-    names = (precision, *section.overrides.values())
+    names = (precision, *section.overrides.values(), *([section.first_last] if section.first_last else []))
     blocked = any(parse_precision(name).activations == 16 for name in names)
     unread = {"precisions", "preset", "error_samples"} | (set() if blocked else {"block_size"})
     return {k: v for k, v in _dump(section).items() if k not in unread}

@@ -9,9 +9,10 @@ blocks of 16 or 32), and the plan declares them so. This is the baseline recipe;
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Literal
 
 import torch
@@ -34,6 +35,7 @@ from s2d_deploy.grid import (
 from s2d_deploy.observers import (
     Histogram,
     Method,
+    WeightMethod,
     activation_parameters,
     activation_tensor_scale,
     weight_parameters,
@@ -56,9 +58,10 @@ class QuantizeConfig:
         attention: quantize attention's two products as well.
         skip: op name patterns (fnmatch) that stay float.
         overrides: op name pattern -> precision; the first that matches wins.
+        first_last: precision that the first and the last layer with weights keep at least; None: like all others.
     """
 
-    weights: Method = "mse"
+    weights: WeightMethod = "mse"
     activations: Method = "mse"
     percentile: float = 99.99
     activation_granularity: Literal["tensor", "token"] = "tensor"
@@ -67,6 +70,7 @@ class QuantizeConfig:
     attention: bool = True
     skip: tuple[str, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)
+    first_last: str | None = None
 
 
 def build_plan(
@@ -98,6 +102,7 @@ def build_plan(
     # A layer that something was inserted into is called by its old name, too: a recipe knows no other.
     called = {name: {name, layer_name(model, name)} for name in ops}
     _check_patterns(called, config)
+    config = replace(config, overrides={**config.overrides, **_ends(ops, config), **config.overrides})
     chosen = {name: _precision_of(op, called[name], wanted, config) for name, op in ops.items()}
     modules = dict(model.named_modules())
     _check_blocks(ops, chosen, modules, config)
@@ -112,6 +117,14 @@ def build_plan(
             elif p.activations < 16:
                 plan.add(_activation_site(site, op, role, calibration, p, config))
     return plan
+
+
+def _ends(ops: Mapping[str, Op], config: QuantizeConfig) -> dict[str, str]:
+    """`first_last` as overrides; the user's own come before them."""
+    layers = [op.name for op in ops.values() if op.kind in ("linear", "conv")]
+    if config.first_last is None or not layers:
+        return {}
+    return {escape(name): config.first_last for name in (layers[0], layers[-1])}
 
 
 def _matches(names: Iterable[str], pattern: str) -> bool:

@@ -22,7 +22,8 @@ from s2d_deploy.precision import BASELINE, STANDARD, parse_precision
 from s2d_deploy.registry import TARGET_GROUP, TARGETS, check_target
 from s2d_deploy.yaml_text import plain, read_yaml
 
-RangeMethod = Literal["absmax", "percentile", "mse"]
+WeightRangeMethod = Literal["absmax", "percentile", "mse"]
+RangeMethod = Literal["absmax", "percentile", "mse", "entropy"]
 # Stages derive seeds as seed * 10,007 + epoch, which must fit into the 64 bits of torch's generator.
 _MAX_SEED = 2**32 - 1
 
@@ -184,8 +185,10 @@ class QuantizeSection(_Section):
     passes: tuple[str | dict[str, dict[str, Any] | None], ...] = Field(
         (), description="in this order, e.g. [smoothquant, ranges, {gptq: {act_order: true}}]; [] rounds to nearest"
     )
-    weights: RangeMethod = "mse"
-    activations: RangeMethod = "mse"
+    weights: WeightRangeMethod = "mse"
+    activations: RangeMethod = Field(
+        "mse", description="entropy: least KL divergence (Migacz 2017), for symmetric activations"
+    )
     percentile: float = Field(99.99, gt=50, le=100)
     activation_granularity: Literal["tensor", "token"] = "tensor"
     activation_symmetric: bool = True
@@ -193,6 +196,9 @@ class QuantizeSection(_Section):
     attention: bool = True
     skip: tuple[str, ...] = ()
     overrides: dict[str, str] = Field(default_factory=dict, description="layer pattern -> precision it keeps at least")
+    first_last: str | None = Field(
+        None, description="the first and the last layer with weights keep at least this precision, e.g. w8a8"
+    )
     error_samples: int = Field(16, ge=0, description="test samples of the layer-by-layer error analysis; 0: none")
 
     @model_validator(mode="before")
@@ -220,6 +226,11 @@ class QuantizeSection(_Section):
         """Canonical names, each once; the baseline is always run and need not be listed."""
         known = [parse_precision(n, "quantize.precisions").name for n in names]
         return tuple(dict.fromkeys(n for n in known if n != BASELINE))
+
+    @field_validator("first_last")
+    @classmethod
+    def _known_ends(cls, name: str | None) -> str | None:
+        return None if name is None else parse_precision(name, "quantize.first_last").name
 
     @field_validator("overrides")
     @classmethod

@@ -239,3 +239,29 @@ def test_a_site_that_was_never_observed_is_named(prepared: Prepared) -> None:
     with pytest.raises(DataError, match=r"site 'classifier\.input' has no calibration statistics"):
         build_plan(model, ops, Calibration(rest, 8), "w8a8")
     build_plan(model, ops, Calibration({}, 8), "w4a16")  # needs none
+
+
+def test_the_first_and_the_last_layer_keep_their_bits():
+    model, ops, statistics = first_last_model()
+    plan = build_plan(model, ops, statistics, "w4a4", QuantizeConfig(first_last="w8a8"))
+    assert [plan.declared(name) for name in ops] == ["W8A8", "W4A4", "W8A8"]
+    # The user's own override comes first, and a precision above the wish is not lowered.
+    mine = QuantizeConfig(first_last="w8a8", overrides={"c": "w6a6"})
+    assert [build_plan(model, ops, statistics, "w4a4", mine).declared(n) for n in ops] == ["W8A8", "W4A4", "W6A6"]
+    low = QuantizeConfig(first_last="w4a4")
+    assert [build_plan(model, ops, statistics, "w8a8", low).declared(n) for n in ops] == ["W8A8"] * 3
+
+
+def first_last_model():
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)))
+
+    torch.manual_seed(0)
+    model, batch = Three().eval(), {"x": torch.randn(3, 4)}
+    ops = discover(model, batch)
+    return model, ops, calibrate(model, ops, [batch])
