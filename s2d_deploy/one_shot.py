@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -37,7 +37,6 @@ from s2d_deploy.equalized_linear import EqualizedLinear
 from s2d_deploy.errors import RecipeError, message
 from s2d_deploy.evaluate import outputs, score, torch_run
 from s2d_deploy.layer_inputs import calibrated_ops
-from s2d_deploy.observers import Method
 from s2d_deploy.one_shot_variants import INSERTING, SHRINKING, VARIANTS, Variant, check_variants
 from s2d_deploy.pcdr import Batch
 from s2d_deploy.quantize import QuantizeConfig, build_plan
@@ -95,7 +94,7 @@ def one_shot(
     flagged: Mapping[str, int] | None = None,
     factor: float = 0.5,
     precisions: Sequence[str] = ("w8a8", "w4a8", "w4a4"),
-    methods: Sequence[Method] = ("mse",),
+    methods: Sequence[Literal["absmax", "percentile", "mse"]] = ("mse",),
     config: QuantizeConfig | None = None,
     before: Mapping[str, float] | None = None,
     progress: Progress | None = None,
