@@ -34,6 +34,8 @@ from s2d_deploy.store import Stage, read_json, write_json
 
 # Below this many held-out samples the bootstrap's interval is too narrow to be believed.
 MIN_JUDGED = 10
+# Points that a float model must not lose.
+RUINED = 5.0
 # A largest singular value that shrank by less has hardly been pressed.
 HARDLY = 0.1
 SUBJECTS = {
@@ -222,6 +224,8 @@ def verdict(
         )
     unit = f"points of {changes[0].measure.removesuffix(' %')}"
     price = f"; the float model changed by {_shown(floats[0])}" if floats else ""
+    if floats and floats[0].hi < -RUINED:
+        price += ", too much: lower condition.learning_rate or condition.decoupled_factor"
     if held_out < MIN_JUDGED:
         seen = _listed(judged) or "no precision"
         return (
@@ -312,8 +316,8 @@ def _reason(flagged: Sequence[Mapping[str, Any]], forecast: Mapping[str, Any], j
         high, low = most["before"]["sigma_max"], most["after"]["sigma_max"]
         if 1 - low / high < HARDLY:
             reasons.append(
-                f"the flagged layers were hardly pressed (largest singular value of {most['name']}: {high:.2f} -> "
-                f"{low:.2f}; give more --steps)"
+                f"the flagged layers were {'hardly' if low <= high else 'not'} pressed (largest singular value of "
+                f"{most['name']}: {high:.2f} -> {low:.2f}{'; give more --steps' if low <= high else ''})"
             )
     although = ""
     if any(parse_precision(c.precision).activations == 4 for c in judged):
