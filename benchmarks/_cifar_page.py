@@ -18,7 +18,7 @@ def page(document: dict[str, Any]) -> str:
     """The plots as one HTML file, drawn with the report's own parts and style."""
     data = document["data"]
     drawn = [_accuracy_plot(data), _trace_plot(data["pretraining"]["trace"])]
-    for arm in ("s2d", "control"):
+    for arm in ("control", "s2d", "low-tau"):
         run = next((r for r in data["runs"] if r["arm"] == arm), None)
         if run is not None:
             layers = [ConditionedLayer.model_validate(layer) for layer in run["layers"]]
@@ -29,7 +29,10 @@ def page(document: dict[str, Any]) -> str:
     style = Markup((files("s2d_deploy") / "report.css").read_text(encoding="utf-8"))
     head = tag("head", tag("meta", charset="utf-8"), tag("title", "S2D on CIFAR-10"), tag("style", style, _MORE))
     title = tag("h1", f"S2D on a pre-LN vision transformer, CIFAR-10 ({document['created'][:10]})")
-    words = tag("p", data["forecast"]["sentence"])
+    words = join(
+        tag("p", f"tau {data['settings'][tau]:g}: {data[key]['sentence']}")
+        for tau, key in (("tau", "forecast"), ("low_tau", "forecast_low_tau"))
+    )
     return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', title, words, join(drawn))), lang='en')}\n"
 
 

@@ -4,10 +4,10 @@
 
 Pre-trains a ViT with AdamW at a constant rate, without weight decay and clipping (what makes outliers grow), and looks
 at it on the way: PCDR, kurtosis, ranges, the W4A4 simulation. Then the same steps on the same batches with each of
-`--arms`: control, s2d (decoupled), coupled (S2D as the paper writes it), decay (AdamW's own); with `--qat-steps`
-control and s2d also fake-quantized at W4A4. The end of each is measured on the test images in float, W8A8, W4A8 and
-W4A4, with absmax and MSE ranges: accuracy, agreement with its own float decisions, noise of the logits. Each arm is
-compared with the control of its own seed, image by image (`paired.paired_drop`; a gain is a negative drop).
+`--arms`: control, s2d (decoupled, at `--tau`), low-tau (the same at `--low-tau`), coupled (as the paper writes it), decay
+(AdamW's own); `--qat-arms` also fake-quantized at W4A4. The end of each is measured on the test images in float, W8A8,
+W4A8 and W4A4, with absmax and MSE ranges: accuracy, agreement with its own float decisions, noise of the logits. Each
+arm is compared with the control of its own seed, image by image (`paired.paired_drop`; a gain is a negative drop).
 
 `--factor` is chosen so that a flagged singular value S is about halved over the fine-tuning, as in the paper:
 decoupled, 1/S grows by factor * tune-lr * tune-steps / 2 (cosine), by default by 0.23.
@@ -46,10 +46,10 @@ from s2d_deploy.evaluate import outputs, score, torch_run
 from s2d_deploy.paired import paired_drop
 from s2d_deploy.plan import Plan
 from s2d_deploy.quantize import QuantizeConfig, build_plan
-from s2d_deploy.s2d_config import Application, S2DConfig
+from s2d_deploy.s2d_config import S2DConfig
 from s2d_deploy.simulation import simulate
 
-ARMS = ("control", "s2d", "decay", "coupled")
+ARMS = ("control", "s2d", "low-tau", "decay", "coupled")
 PRECISIONS = ("w8a8", "w4a8", "w4a4")
 METHODS = ("absmax", "mse")
 OUTPUT = "logits"
@@ -213,14 +213,16 @@ def summary(layers: Sequence[LayerDiagnosis]) -> dict[str, Any]:
 
 def arm_settings(name: str, a: argparse.Namespace) -> dict[str, Any]:
     """What `condition` is given for an arm beside what all arms share."""
-    kind, _, qat = name.partition("-")
-    config = None
-    if kind in ("s2d", "coupled"):
-        how: Application = "coupled" if kind == "coupled" else "decoupled"
+    kind, config = name.removesuffix("-qat"), None
+    if kind in ("s2d", "low-tau", "coupled"):
         config = S2DConfig(
-            tau=a.tau, k_max=a.k_max, decoupled_factor=a.factor, refresh_every=a.refresh, application=how
+            tau=a.low_tau if kind == "low-tau" else a.tau,
+            k_max=a.k_max,
+            decoupled_factor=a.factor,
+            refresh_every=a.refresh,
+            application="coupled" if kind == "coupled" else "decoupled",
         )
-    return {"config": config, "adam_decay": a.decay if kind == "decay" else 0.0, "qat": bool(qat)}
+    return {"config": config, "adam_decay": a.decay if kind == "decay" else 0.0, "qat": kind != name}
 
 
 def epochs(train: Images, size: int, seed: int) -> Callable[[], Iterator[dict[str, Tensor]]]:
@@ -320,19 +322,26 @@ def measure(a: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     folder = a.work / _digest([data_digest, {k: settings[k] for k in pre}])
     folder.mkdir(parents=True, exist_ok=True)
     model, trace, seconds = pretrain(a, bench.train, bench.look, folder / "pretrained.pt")
-    before = diagnose_model(copy.deepcopy(model), lambda: bench.calibration[:2], output=OUTPUT, tau=a.tau)
-    print(before.forecast.sentence, flush=True)
+    before, lower = (
+        diagnose_model(copy.deepcopy(model), lambda: bench.calibration[:2], output=OUTPUT, tau=tau)
+        for tau in (a.tau, a.low_tau)
+    )
+    for tau, found in ((a.tau, before), (a.low_tau, lower)):
+        print(f"tau {tau:g}: {found.forecast.sentence}", flush=True)
     start = brief_scores(bench.measured(model, a.test))
     print("pre-trained: ", shown(start), flush=True)
-    arms = [*a.arms, *(f"{arm}-qat" for arm in a.arms if a.qat_steps and arm in ("control", "s2d"))]
-    tuned = folder / _digest({k: v for k, v in settings.items() if k not in (*pre, "arms", "seeds")})
+    jobs = [(arm, seed) for seed in a.seeds for arm in a.arms]
+    jobs += [(f"{arm}-qat", seed) for seed in a.qat_seeds for arm in a.qat_arms]
+    arms = list(dict.fromkeys(arm for arm, _ in jobs))
+    tuned = folder / _digest(
+        {k: v for k, v in settings.items() if k not in (*pre, "arms", "seeds", "qat_arms", "qat_seeds")}
+    )
     tuned.mkdir(exist_ok=True)
     runs = []
-    for seed in a.seeds:
-        for arm in arms:
-            run = finetune(model, arm, seed, bench, tuned, a)
-            runs.append(run)
-            print(f"{arm}, seed {seed}: {shown(brief_scores(run['scores']))} ({run['seconds']:.0f} s)", flush=True)
+    for arm, seed in jobs:
+        run = finetune(model, arm, seed, bench, tuned, a)
+        runs.append(run)
+        print(f"{arm}, seed {seed}: {shown(brief_scores(run['scores']))} ({run['seconds']:.0f} s)", flush=True)
     gains: dict[str, Any] = {}
     for arm in arms:
         control = "control-qat" if arm.endswith("-qat") else "control"
@@ -360,9 +369,9 @@ def measure(a: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
             name: {
                 k: mean([found[name][k] for (other, _), found in briefs.items() if other == arm])
                 for k in ("top1", "agree", "db")
-                if briefs[arm, a.seeds[0]][name][k] is not None
+                if name != "fp32" or k == "top1"
             }
-            for name in briefs[arm, a.seeds[0]]
+            for name in next(found for (other, _), found in briefs.items() if other == arm)
         }
         for arm in arms
     }
@@ -371,6 +380,7 @@ def measure(a: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
         "images_sha256": data_digest,
         "pretraining": {"seconds": round(seconds, 1), "trace": trace, "scores": start},
         "forecast": before.forecast.to_dict(),
+        "forecast_low_tau": lower.forecast.to_dict(),
         "sites": [site.to_dict() for site in before.sites],
         "layers": [
             {"name": d.name, "flagged": d.flagged, "k_target": d.k_target} | _brief(d.to_dict()) for d in before.layers
@@ -431,11 +441,14 @@ def arguments_parser() -> argparse.ArgumentParser:
         "tune-lr": 3e-4,
         "qat-lr": 3e-4,
         "tau": 0.9,
+        "low-tau": 0.5,
         "factor": 2.5,
         "decay": 0.1,
     }.items():
         parser.add_argument(f"--{name}", type=float, default=number)
-    parser.add_argument("--qat-steps", type=int, default=200, help="0: no QAT")
+    parser.add_argument("--qat-steps", type=_common.positive, default=200)
+    parser.add_argument("--qat-arms", nargs="*", choices=ARMS, default=["control", "low-tau"])
+    parser.add_argument("--qat-seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS[:3]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the fine-tuning: order of the batches")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of pre-training")

@@ -22,7 +22,7 @@ SMALL = (
     *("--threads", "1", "--image", "8", "--width", "16", "--depth", "1", "--batch", "8", "--warmup", "2"),
     *("--pretrain-steps", "6", "--looks", "2", "--tune-steps", "4", "--tune-batch", "8", "--refresh", "2"),
     *("--qat-steps", "2", "--calibration", "16", "--test", "12", "--tau", "0.2", "--seeds", "0"),
-    *("--arms", "control", "s2d"),
+    *("--arms", "control", "s2d", "--qat-arms", "control", "s2d"),
 )
 
 
