@@ -4,10 +4,10 @@
 
 Pre-trains a ViT with AdamW at a constant rate, without weight decay and clipping (what makes outliers grow), and looks
 at it on the way: PCDR, kurtosis, ranges, the W4A4 simulation. Then the same steps on the same batches with each of
-`--arms`: control, s2d (decoupled, at `--tau`), low-tau (the same at `--low-tau`), coupled (as the paper writes it), decay
-(AdamW's own); `--qat-arms` also fake-quantized at W4A4. The end of each is measured on the test images in float, W8A8,
-W4A8 and W4A4, with absmax and MSE ranges: accuracy, agreement with its own float decisions, noise of the logits. Each
-arm is compared with the control of its own seed, image by image (`paired.paired_drop`; a gain is a negative drop).
+`--arms`: control, s2d (decoupled, at `--tau`), low-tau (the same at `--low-tau`), coupled (as the paper writes it),
+decay (AdamW's own); `--qat-arms` also fake-quantized at W4A4. The end of each is measured on the test images in float,
+W8A8, W4A8 and W4A4, with absmax and MSE ranges: accuracy, agreement with its own float decisions, noise of the logits.
+Each arm is compared with the control of its own seed, image by image (`paired.paired_drop`; a gain is a negative drop).
 
 `--factor` is chosen so that a flagged singular value S is about halved over the fine-tuning, as in the paper:
 decoupled, 1/S grows by factor * tune-lr * tune-steps / 2 (cosine), by default by 0.23.
