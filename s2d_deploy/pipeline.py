@@ -14,6 +14,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -282,7 +283,8 @@ class Pipeline:
             "condition": {k: v for k, v in _dump(self.recipe.condition).items() if k in read},
             "output": self.original.output,
             "batch_size": self.recipe.data.batch_size,
-            "quantize": {k: v for k, v in _dump(self.recipe.quantize).items() if k not in ("preset", "passes")},
+            "quantize": asdict(self._quantize_config()),
+            "precisions": list(self.recipe.quantize.precisions),
             "test": self.recipe.data.test_samples,
         }
 
