@@ -113,6 +113,7 @@ PASSES: dict[str, PassEntry] = {
     "equalization": PassEntry(
         "s2d_deploy.ptq.equalization", "transform", "Cross-layer equalization (Nagel et al., arXiv 1906.04721)"
     ),
+    "rotation": PassEntry("s2d_deploy.ptq.rotation", "transform", "QuaRot (Ashkboos et al., arXiv 2404.00456)"),
     "smoothquant": PassEntry("s2d_deploy.ptq.smoothquant", "transform", "SmoothQuant (Xiao et al., arXiv 2211.10438)"),
     "awq": PassEntry("s2d_deploy.ptq.awq", "transform", "AWQ, scaling (Lin et al., arXiv 2306.00978)"),
     "repq": PassEntry("s2d_deploy.ptq.repq", "transform", "RepQ-ViT, Li et al., arXiv 2212.08254"),

@@ -136,6 +136,20 @@ class Reconstruction:
             sums = [total + cast(Tensor, rows).double().sum(0) for total, rows in zip(sums, pair, strict=True)]
         return sums[0] / max(count, 1), sums[1] / max(count, 1)
 
+    def sampled(self, group: Sequence[str], rows: int, beside: Beside) -> tuple[Tensor, Tensor]:
+        """A uniform sample of at most `rows` pairs of `rows`: FP32 ``(<= rows, K)`` each."""
+        generator = torch.Generator().manual_seed(self.context.seed)
+        kept: tuple[Tensor, Tensor, Tensor] | None = None
+        for q, x in self.rows(group, beside):
+            found = torch.rand(q.shape[0], generator=generator), q, cast(Tensor, x)
+            if kept is not None:
+                found = tuple(torch.cat(pair) for pair in zip(kept, found, strict=True))  # type: ignore[assignment]
+            chosen = found[0].topk(min(rows, found[0].numel())).indices.sort().values
+            kept = found[0][chosen], found[1][chosen].clone(), found[2][chosen].clone()
+        if kept is None:
+            raise DataError(message("the calibration set is empty", expected="at least one batch"))
+        return kept[1], kept[2]
+
     def choose(self, layer: str, codes: Tensor) -> None:
         """Give `layer` the weights of `codes` (int32, the weight's shape), here and in the simulation."""
         put_on_grid(self.quantized, f"{layer}.weight", codes, self.name)
