@@ -160,7 +160,7 @@ def test_a_real_run_keeps_its_results_and_uses_them_again(
         "--model", str(encoder), "--data", str(encoder / "corpus.txt"), "--work", str(tmp_path / "work"),
         "--results", str(tmp_path / "results"), "--arms", "original", "control", "s2d", "--held-out", "20",
         "--calibration", "10", "--length", "8", "--steps", "6", "--batch", "5", "--lr", "1e-2", "--factor", "3",
-        "--warmup", "1", "--refresh", "2", "--precisions", "w8a8", "w4a4", "--methods", "mse",
+        "--warmup", "1", "--refresh", "2", "--k-max", "1", "--precisions", "w8a8", "w4a4", "--methods", "mse",
     ]  # fmt: skip
     code = bench.main([*arguments, "--seeds", "0", "1"])
     text = capsys.readouterr().out
