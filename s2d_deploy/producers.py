@@ -83,6 +83,19 @@ class Producer:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class NormInput:
+    """What is added up in front of a norm.
+
+    Attributes:
+        linears: every Linear whose output, unchanged in shape, is added in.
+        norms: every norm whose output is added in (the residual of a post-LN model).
+    """
+
+    linears: tuple[str, ...]
+    norms: tuple[str, ...]
+
+
 @dataclass(slots=True)
 class _Graph:
     """Marked nodes of one forward pass; the nodes are kept, so that their identity is stable."""
@@ -103,11 +116,41 @@ def trace_producers(model: nn.Module, ops: Mapping[str, Op], batch: Mapping[str,
     Returns:
         By site name, in the order of `ops`.
     """
+    wanted = {site for op in ops.values() for site, role in op.sites if role != "weight"}
+    graph, sites, result = _record(model, wanted, batch)
+    readers: dict[Any, set[str]] = {}
+    _count_readers(result, graph, readers)
+    return {
+        site: _producer(site, sites[site], graph, readers)
+        for op in ops.values()
+        for site, role in op.sites
+        if role != "weight" and site in sites
+    }
+
+
+def trace_norm_inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, NormInput]:
+    """For every norm, in the order of the forward pass, what its input is the sum of.
+
+    Args:
+        model: as in `trace_producers`.
+        batch: as there.
+    """
+    graph, _, _ = _record(model, set(), batch)
+    found = {}
+    for kind, name in graph.owner.values():
+        if kind == "norm":
+            added = _summands(graph.inputs[name], graph)
+            linears = tuple(n for k, n in added if k == "linear")
+            found[name] = NormInput(linears, tuple(n for k, n in added if k == "norm"))
+    return found
+
+
+def _record(model: nn.Module, wanted: set[str], batch: Mapping[str, Tensor]) -> tuple[_Graph, dict[str, Tensor], Any]:
+    """One forward pass in eval mode with gradients: marked nodes, the tensors of the wanted sites, the result."""
     use_visible_attention(model)
     names = {module: name for name, module in model.named_modules()}
     graph = _Graph()
     sites: dict[str, Tensor] = {}
-    readers: dict[Any, set[str]] = {}
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         if isinstance(args[0], Tensor):
@@ -126,7 +169,6 @@ def trace_producers(model: nn.Module, ops: Mapping[str, Op], batch: Mapping[str,
     def on_operand(module: nn.Module, operand: str, x: Tensor) -> None:
         sites[f"{names[module]}.{operand}"] = x
 
-    wanted = {site for op in ops.values() for site, role in op.sites if role != "weight"}
     handles = []
     for module in model.modules():
         kind = module_kind(module)
@@ -147,13 +189,7 @@ def trace_producers(model: nn.Module, ops: Mapping[str, Op], batch: Mapping[str,
             p.requires_grad_(False)
         for handle in handles:
             handle.remove()
-    _count_readers(result, graph, readers)
-    return {
-        site: _producer(site, sites[site], graph, readers)
-        for op in ops.values()
-        for site, role in op.sites
-        if role != "weight" and site in sites
-    }
+    return graph, sites, result
 
 
 def module_kind(module: nn.Module) -> str | None:
@@ -194,7 +230,7 @@ def _producer(site: str, x: Tensor, graph: _Graph, readers: dict[Any, set[str]])
             return Producer(site, "linear", name, (name,))
         if kind == "activation":
             return Producer(site, "activation", name, tuple(_direct(graph.inputs[name], graph)))
-        stream = tuple(_added(graph.inputs[name], graph))
+        stream = tuple(n for k, n in _summands(graph.inputs[name], graph) if k == "linear")
         return Producer(site, "norm", name, stream, shared=readers.get(node, set()) != {"linear"})
     operation = operation_name(node)
     if operation in ("Softmax", "_Softmax"):
@@ -230,9 +266,9 @@ def _direct(x: Tensor, graph: _Graph) -> list[str]:
     return [name] if kind == "linear" else []
 
 
-def _added(x: Tensor, graph: _Graph) -> list[str]:
-    """Every Linear whose output, unchanged in shape, is added into `x`; the first added is the first listed."""
-    found: dict[str, None] = {}
+def _summands(x: Tensor, graph: _Graph) -> list[tuple[str, str]]:
+    """Kind and name of every module whose output, unchanged in shape, is added into `x`, first added first."""
+    found: dict[tuple[str, str], None] = {}
     seen: set[Any] = set()
     stack = [] if x.grad_fn is None else [x.grad_fn]
     while stack:
@@ -241,9 +277,8 @@ def _added(x: Tensor, graph: _Graph) -> list[str]:
             continue
         seen.add(node)
         if node in graph.owner:
-            kind, name = graph.owner[node]
-            if kind == "linear" and graph.shapes[name] == x.shape:
-                found[name] = None
+            if graph.shapes[graph.owner[node][1]] == x.shape:
+                found[graph.owner[node]] = None
         elif operation_name(node) in MOVES | ADDS:
             stack += parents_of(node)
     return list(found)[::-1]
@@ -283,10 +318,12 @@ def _through(node: Any, graph: _Graph) -> Any:
 __all__ = [
     "ADDS",
     "MOVES",
+    "NormInput",
     "Producer",
     "ProducerKind",
     "module_kind",
     "operation_name",
     "parents_of",
+    "trace_norm_inputs",
     "trace_producers",
 ]
