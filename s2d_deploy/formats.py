@@ -23,6 +23,7 @@ import math
 import torch
 from torch import Tensor
 
+from s2d_deploy.errors import PlanError, message
 from s2d_deploy.grid import Grid
 
 E2M1_MAX = 6.0
@@ -130,11 +131,14 @@ def block_scale(absmax: Tensor, grid: Grid, of_tensor: Tensor | None = None) -> 
 
     Returns:
         float32 of the shape of `absmax`.
+
+    Raises:
+        PlanError: "e4m3" without `of_tensor`.
     """
     zero = absmax == 0
     if grid.scale_format == "e4m3":
         if of_tensor is None:
-            raise TypeError("an e4m3 block scale needs the scale of its tensor")
+            raise PlanError(message("an e4m3 block scale needs its tensor's scale", fix="use FakeQuantizer.of(site)"))
         stored = to_e4m3(absmax / (E2M1_MAX * of_tensor))
         return torch.where(zero, torch.ones_like(stored), stored) * of_tensor
     if grid.scale_format == "e8m0":

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from s2d_deploy.errors import DataError, PlanError
 from s2d_deploy.grid import Grid, PerAxis, PerBlock, PerToken
-from s2d_deploy.observers import HALF_BINS, Histogram, activation_parameters, weight_parameters
+from s2d_deploy.observers import HALF_BINS, Histogram, activation_parameters, entropy_limit, weight_parameters
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
@@ -320,3 +320,95 @@ def test_scales_are_positive_finite_and_repeatable(bits: int, method: str, magni
         assert bool((torch.isfinite(first) & (first > 0)).all())
     scale, _ = activation_parameters(observed(w), Grid(bits), method)  # type: ignore[arg-type]
     assert 0 < float(scale) < math.inf
+
+
+# ---- entropy ------------------------------------------------------------------------------------------------
+
+
+def migacz(counts: list[int], width: float, codes: int, absmax: float, candidates: list[int]) -> float:
+    """The slides, bin by bin: P with outliers in its last bin against Q merged and spread again."""
+    best, least = len(counts), math.inf
+    for i in candidates:
+        p = [float(c) for c in counts[:i]]
+        q = [0.0] * i
+        runs: dict[int, list[int]] = {}
+        for j in range(i):
+            runs.setdefault(j * codes // i, []).append(j)
+        for run in runs.values():
+            filled = [j for j in run if counts[j] > 0]
+            for j in filled:
+                q[j] = sum(counts[k] for k in run) / len(filled)
+        total, of_q = float(sum(counts)), sum(q)
+        p[-1] += sum(counts[i:])
+        divergence = 0.0
+        for a, b in zip(p, q, strict=True):
+            if a > 0:
+                divergence += math.inf if b == 0 else a / total * math.log((a / total) / (b / of_q))
+        if divergence < least - 1e-12:
+            best, least = i, divergence
+    return min((best + 0.5) * width, absmax)
+
+
+@pytest.mark.parametrize(
+    ("signed", "bits", "kind"), [(True, 8, "normal"), (True, 4, "outliers"), (False, 4, "normal"), (True, 6, "gap")]
+)
+def test_the_entropy_limit_is_that_of_the_slides(signed: bool, bits: int, kind: str) -> None:
+    x = {"normal": normal(4000), "outliers": heavy(4000), "gap": torch.cat([normal(900), torch.tensor([30.0] * 40)])}[
+        kind
+    ]
+    x = x if signed else x.abs()
+    h = observed(x)
+    grid = Grid(bits, signed=signed)
+    # At most 2048 bins of equal width that cover the largest magnitude, from the values themselves.
+    merge = math.ceil((int(h.absmax / (h.limit / HALF_BINS)) + 1) / 2048)
+    width = h.limit / HALF_BINS * merge
+    bins = math.ceil((int(h.absmax / (h.limit / HALF_BINS)) + 1) / merge)
+    counts = [0] * bins
+    for v in x.abs().double().tolist():
+        counts[min(int(v / width), bins - 1)] += 1
+    codes = grid.qmax + 1
+    candidates = sorted({round(c) for c in np.linspace(codes, bins, min(512, bins - codes + 1)).tolist()})
+    expected = migacz(counts, width, codes, h.absmax, candidates)
+    assert entropy_limit(h, grid) == pytest.approx(expected, rel=1e-9)
+    scale, zero_point = activation_parameters(h, grid, "entropy")
+    assert float(scale) == pytest.approx(expected / grid.qmax, rel=1e-6)
+    assert int(zero_point) == 0
+
+
+@settings(max_examples=20)
+@given(st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=40), st.integers(2, 8))
+def test_the_entropy_limit_lies_within_what_was_seen(values: list[float], bits: int) -> None:
+    h = observed(torch.tensor(values))
+    scale, _ = activation_parameters(h, Grid(bits), "entropy")
+    assert 0 < float(scale) <= max(h.absmax / Grid(bits).qmax, 1.0) * (1 + 1e-6)
+
+
+def test_entropy_is_refused_where_it_has_no_meaning() -> None:
+    with pytest.raises(PlanError, match=r"one limit for magnitudes.*Found: int4 with a zero point. Fix: set quantize"):
+        activation_parameters(observed(normal(9)), Grid(4, symmetric=False), "entropy")
+    with pytest.raises(PlanError, match=r"one limit for magnitudes.*Found: log2-4\."):
+        activation_parameters(observed(normal(9).abs()), Grid(4, signed=False, format="log2"), "entropy")
+    with pytest.raises(
+        PlanError, match=r"unknown weight range method. Expected: absmax, percentile, mse. Found: entropy"
+    ):
+        weight_parameters(normal(4, 4), Grid(4, granularity=PerAxis(0)), "entropy")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["log2", "logsqrt2"])
+def test_a_logarithmic_scale_has_the_least_squared_error_of_its_candidates(name: str) -> None:
+    x = torch.softmax(normal(64, 32) * 3, dim=-1)
+    h, grid = observed(x), Grid(4, signed=False, format=name)  # type: ignore[arg-type]
+
+    def error(scale: float) -> float:
+        base = 2.0 if name == "log2" else math.sqrt(2.0)
+        total = 0.0
+        for v in x.flatten().double().tolist():
+            code = min(max(round(-math.log(v / scale, base)), 0), 15)
+            total += ((0.0 if code == 15 else scale * base**-code) - v) ** 2
+        return total
+
+    best, _ = activation_parameters(h, grid, "mse")
+    plain, _ = activation_parameters(h, grid, "absmax")
+    assert float(plain) == h.absmax
+    assert error(float(best)) <= error(float(plain)) * 1.001
+    assert 0 < float(best) <= float(plain)

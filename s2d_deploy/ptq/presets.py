@@ -15,6 +15,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "w4a8": {"precisions": ["w4a8"]},
     "w4a4": {"precisions": ["w4a4"]},
     "w4a4_erq": {"precisions": ["w4a4"], "passes": ["erq"]},
+    "w4a4_repq": {"precisions": ["w4a4"], "passes": ["repq"]},
     "nvfp4": {"precisions": ["nvfp4"]},
 }
 
