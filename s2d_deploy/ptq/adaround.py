@@ -39,6 +39,9 @@ class Options(passes.Options):
     batch: int = Field(128, ge=1, description="rows in one step")
     learning_rate: float = Field(3e-2, gt=0, description="of Adam, on V")
     strength: float = Field(10.0, gt=0, description="lambda: weight of the term that drives roundings to 0 or 1")
+    relative: bool = Field(
+        False, description="each token's error relative to its output, not all alike as in the paper"
+    )
     warm_start: float = Field(0.2, ge=0, lt=1, description="share of the steps before that term sets in")
 
 
@@ -51,7 +54,7 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     """
     work = Reconstruction(quantized, context, "adaround")
     for group in work.groups:
-        rows, float_rows = work.sampled(group, options.rows, "float")
+        rows, float_rows = work.sampled(group, options.rows, "float", relative=options.relative)
         for name in group:
             context.progress(f"adaround: {name}")
             matrix = weight_matrix(work.float_layer(name), work.site(name))

@@ -10,10 +10,11 @@ layer with float weight W, float rows x and the rows q that the quantized model 
    `refinements` times), and the other half is regressed on the error that is left. Then that half is halved, until
    nothing is left.
 
-Against the paper: x is the float model's row, not the simulated model's before its quantizer, so errors of earlier
-layers are regressed too (`reference: simulated` is the paper's); refinement sees the exact second moments instead of
-mean and covariance as a Gaussian proxy, so a step is taken only if it lowers the error; the paper's reparameterization
-of LayerNorm inputs is another pass. lambda is a share of the mean input power instead of a constant. An output channel
+Against the paper: rows are weighed by one over the power of their outputs (`relative`), because in a post-LN encoder a
+few tokens with huge outputs otherwise rule both regressions and the rest of the model is lost; the outputs wanted may be
+the float model's own, so that errors of earlier layers are regressed too (`reference: float`); refinement sees the exact
+second moments instead of a proxy of mean and covariance, so a step is taken only if it lowers the error; the paper's
+reparameterization of LayerNorm inputs is another pass; lambda is a share of the mean input power. An output channel
 whose error would exceed that of plain rounding keeps the plain rounding. Not guaranteed: that the model's output gets
 better; and with few calibration rows (fewer than K) the regression fits noise.
 """
@@ -49,7 +50,10 @@ class Options(passes.Options):
     )
     refinements: int = Field(100, ge=0, description="at most so many roundings of a row are turned round in each half")
     reference: Literal["float", "simulated"] = Field(
-        "float", description="whose rows the outputs are those of: the float model's, or the simulated one's"
+        "simulated", description="whose rows the wanted outputs are made of: the float model's, or the simulated one's"
+    )
+    relative: bool = Field(
+        True, description="each token's error relative to its output; false counts all alike, as the paper does"
     )
 
 
@@ -62,7 +66,7 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     """
     work = Reconstruction(quantized, context, "erq")
     for group in work.groups:
-        statistics = work.statistics(group, options.reference)
+        statistics = work.statistics(group, options.reference, relative=options.relative)
         for name in group:
             context.progress(f"erq: {name}")
             _serve(work, name, statistics, options)

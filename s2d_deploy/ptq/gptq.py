@@ -37,6 +37,9 @@ class Options(passes.Options):
     sequential: bool = Field(
         True, description="see inputs with every earlier layer quantized; false reads the float model, once"
     )
+    relative: bool = Field(
+        False, description="each token's error relative to its output, not all alike as in the paper; sequential only"
+    )
 
 
 def apply(quantized: Quantized, context: Context, options: Options) -> Quantized:
@@ -63,7 +66,7 @@ def _grams(work: Reconstruction, context: Context, options: Options) -> Iterator
         yield from float_grams(work.reference, context, work.groups)
         return
     for group in work.groups:
-        yield group, work.statistics(group).gram
+        yield group, work.statistics(group, relative=options.relative).gram
 
 
 def gptq_codes(

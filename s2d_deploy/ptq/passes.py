@@ -125,6 +125,9 @@ PASSES: dict[str, PassEntry] = {
     "gptq": PassEntry("s2d_deploy.ptq.gptq", "weights", "GPTQ (Frantar et al., arXiv 2210.17323)"),
     "adaround": PassEntry("s2d_deploy.ptq.adaround", "weights", "AdaRound (Nagel et al., arXiv 2004.10568)"),
     "erq": PassEntry("s2d_deploy.ptq.erq", "weights", "ERQ (Zhong et al., arXiv 2407.06794)"),
+    "norm_tweaking": PassEntry(
+        "s2d_deploy.ptq.norm_tweaking", "weights", "Norm tweaking (Li et al., arXiv 2309.02784)"
+    ),
     "bias_correction": PassEntry(
         "s2d_deploy.ptq.bias_correction", "weights", "Bias correction (Nagel et al., arXiv 1906.04721)"
     ),

@@ -107,26 +107,36 @@ class Reconstruction:
         """The layer of the model that is being quantized."""
         return cast(nn.Linear, self.quantized.model.get_submodule(layer))
 
-    def rows(self, group: Sequence[str], beside: Beside | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def rows(
+        self, group: Sequence[str], beside: Beside | None = None, *, relative: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Batch after batch, what the group's weights multiply, and the rows `beside` them: FP32 ``(rows, K)`` each.
 
         Args:
             group: of `groups`.
             beside: "float", the float model's rows; "simulated", the simulated model's before they are quantized.
+            relative: divide each row (and the one beside it) by the root mean square of the outputs that the float
+                weights make of it, so that squared errors are relative ones. Else a few tokens with huge outputs, which
+                a norm scales down right behind, rule every sum.
         """
         name = group[0]
         layer = self.simulated.get_submodule(name)
+        weights = [cast(Tensor, self.reference.get_submodule(n).weight).detach().flatten(1) for n in group]
         for batch in self.context.batches():
             x = layer_input(self.simulated, name, batch)
-            other = layer_input(self.reference, name, batch) if beside == "float" else x if beside else None
-            yield (
-                input_rows(layer, _operand(layer, x), batch),
-                None if other is None else input_rows(layer, other, batch),
-            )
+            q = input_rows(layer, _operand(layer, x), batch)
+            other = None
+            if beside is not None:
+                x = layer_input(self.reference, name, batch) if beside == "float" else x
+                other = input_rows(layer, x, batch)
+            if relative:
+                size = _output_size(q if other is None else other, weights)
+                q, other = q / size, None if other is None else other / size
+            yield q, other
 
-    def statistics(self, group: Sequence[str], beside: Beside | None = None) -> Statistics:
+    def statistics(self, group: Sequence[str], beside: Beside | None = None, *, relative: bool = False) -> Statistics:
         """Moments of the group's rows over the calibration data; arguments as of `rows`."""
-        return _moments(self.rows(group, beside))
+        return _moments(self.rows(group, beside, relative=relative))
 
     def means(self, group: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Means of the group's rows and of the float model's, float64 ``(K,)`` each."""
@@ -136,11 +146,13 @@ class Reconstruction:
             sums = [total + cast(Tensor, rows).double().sum(0) for total, rows in zip(sums, pair, strict=True)]
         return sums[0] / max(count, 1), sums[1] / max(count, 1)
 
-    def sampled(self, group: Sequence[str], rows: int, beside: Beside) -> tuple[Tensor, Tensor]:
+    def sampled(
+        self, group: Sequence[str], rows: int, beside: Beside, *, relative: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """A uniform sample of at most `rows` pairs of `rows`: FP32 ``(<= rows, K)`` each."""
         generator = torch.Generator().manual_seed(self.context.seed)
         kept: tuple[Tensor, Tensor, Tensor] | None = None
-        for q, x in self.rows(group, beside):
+        for q, x in self.rows(group, beside, relative=relative):
             found = torch.rand(q.shape[0], generator=generator), q, cast(Tensor, x)
             if kept is not None:
                 found = tuple(torch.cat(pair) for pair in zip(kept, found, strict=True))  # type: ignore[assignment]
@@ -271,6 +283,12 @@ def _all_rows(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[Batc
 def _operand(layer: nn.Module, x: Tensor) -> Tensor:
     """`x` as the layer's product multiplies it: through the input quantizer where there is one."""
     return cast(Tensor, layer.input_quantizer(x)) if isinstance(layer, QuantLinear | QuantConv2d) else x
+
+
+def _output_size(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Root mean square of each row's outputs, ``(rows, 1)``; infinite for a row of zeros, which then weighs nothing."""
+    power = torch.stack([(rows @ w.T).square().sum(1) for w in weights]).sum(0) / sum(w.shape[0] for w in weights)
+    return torch.where(power > 0, power.sqrt(), torch.full_like(power, float("inf"))).unsqueeze(1)
 
 
 def _alike(layer: nn.Module, plan: Plan, first: str, name: str) -> bool:
