@@ -211,7 +211,7 @@ class Pipeline:
     def condition(self) -> Stage:
         """Condition the weights with S2D (or copy them, for method none)."""
         section = self.recipe.condition
-        trained: list[bool] = []
+        told: list[bool] = []
 
         def work(folder: Path, step: Step) -> dict[str, Any]:
             if self._scored_by_reference:
@@ -219,12 +219,14 @@ class Pipeline:
             module = self.original.module
             save_companions(self.original.source, folder)
             if section.method == "one-shot":
+                tell({"train": False})  # now: the other processes would give up waiting
+                told.append(True)
                 return self._one_shot(folder, step)
             if section.method == "none" or section.steps == 0:
                 save_checkpoint(module, folder)
                 return {"method": "none"}
             tell({"train": True, "checkpoint": str(self.train().folder) if self.recipe.train else None})
-            trained.append(True)
+            told.append(True)
             result = self._train_conditioned(step, self._resumed_from(key))
             save_checkpoint(module, folder)
             document = result.to_dict()
@@ -244,7 +246,7 @@ class Pipeline:
             key |= self._one_shot_key()
         stage = self._stage("condition", key, work)
         shutil.rmtree(self.store.root / _TRAINING, ignore_errors=True)
-        if not trained:
+        if not told:
             tell({"train": False})
         if not stage.cached:
             self.__dict__.pop("original", None)  # it was conditioned in place; load it anew when asked for
@@ -352,6 +354,7 @@ class Pipeline:
             refresh_drift=section.refresh_drift,
             refresh_batches=section.refresh_batches,
             split=section.split,
+            select=section.select,
         )
 
     def _qat_plan(self, model: nn.Module) -> Plan:
