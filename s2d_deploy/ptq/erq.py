@@ -11,8 +11,8 @@ layer with float weight W, float rows x and the rows q that the quantized model 
    nothing is left.
 
 Against the paper: rows are weighed by one over the power of their outputs (`relative`), because in a post-LN encoder a
-few tokens with huge outputs otherwise rule both regressions and the rest of the model is lost; the outputs wanted may be
-the float model's own, so that errors of earlier layers are regressed too (`reference: float`); refinement sees the exact
+few tokens with huge outputs otherwise rule both regressions, and the rest of the model is lost; the outputs wanted may
+be the float model's own, so that errors of earlier layers are regressed too (`reference: float`); refinement sees exact
 second moments instead of a proxy of mean and covariance, so a step is taken only if it lowers the error; the paper's
 reparameterization of LayerNorm inputs is another pass; lambda is a share of the mean input power. An output channel
 whose error would exceed that of plain rounding keeps the plain rounding. Not guaranteed: that the model's output gets
