@@ -16,7 +16,7 @@ on one CPU, one GPU, or, started by ``torchrun`` or ``accelerate launch``, on ma
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -155,7 +155,9 @@ def condition(
     with torch.random.fork_rng(devices=[there] if there.type == "cuda" else []):
         torch.manual_seed(seed)
         started = time.perf_counter()
-        aim = objective_of(model.to(there), objective)
+        sites = config is not None and config.select == "sites"
+        # Pressing at the sites changes the streams in between on purpose: only the outputs are to be imitated.
+        aim = objective_of(model.to(there), objective, hidden=not sites)
         method = _method(aim.name, config, loop_config, plan)
         numbers = (steps, lr, warmup, adam_decay, clip_norm, optimizer, accumulate, autocast)
         quantized = plan.digest() if isinstance(plan, Plan) else plan is not None
@@ -168,7 +170,7 @@ def condition(
             else:
                 before = state["before"]
                 saved = Saved(before, state["float_before"], float(state["seconds"]), started)
-            nothing = config is not None and not any(entry["flagged"] for entry in before)
+            nothing = config is not None and not sites and not any(entry["flagged"] for entry in before)
             findings = _findings(before, look, nothing)
             loop: Loop | None = None
             if nothing and objective == "distill" and plan is None:
@@ -185,6 +187,8 @@ def condition(
                         else:
                             loop.s2d.load_state_dict(state["s2d"], calibration)
                     loop.train(train_batches, state, progress, path, saved, mark)
+                    if sites and loop.s2d is not None:
+                        findings += _pressed(loop.s2d.flagged)
                 finally:
                     loop.finish()
         finally:
@@ -212,7 +216,7 @@ def _method(objective: str, config: S2DConfig | None, loop: LoopConfig, plan: Pl
     if plan is not None:
         parts.append(f"qat-{plan.precision}" if isinstance(plan, Plan) else "qat")
     if config is not None:
-        parts.append(f"s2d-{config.application}")
+        parts.append(f"s2d-{config.application}" if config.select == "paper" else "s2d-sites")
     if loop.optimizer != "adamw":
         parts.append(loop.optimizer)
     if loop.adam_decay:
@@ -263,6 +267,12 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         "before": rest(before),
         "after": rest(after),
     }
+
+
+def _pressed(components: Mapping[str, int]) -> list[str]:
+    if not components:
+        return ["No quantized site has an outlier with a single cause that can be pressed: S2D presses nothing there."]
+    return [f"Pressed at the quantized sites, as of the last refresh: {'; '.join(components)}."]
 
 
 __all__ = [

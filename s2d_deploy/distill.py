@@ -51,10 +51,10 @@ def gives_hidden_states(model: nn.Module) -> bool:
     return hasattr(getattr(model, "config", None), "output_hidden_states")
 
 
-def outputs_to_imitate(model: nn.Module, batch: Batch) -> list[tuple[str, Tensor]]:
-    """`output_tensors` of the model for `batch` (labels left out), with hidden states where it gives them."""
+def outputs_to_imitate(model: nn.Module, batch: Batch, *, hidden: bool = True) -> list[tuple[str, Tensor]]:
+    """`output_tensors` of the model for `batch` (labels left out); `hidden`: with hidden states where it gives them."""
     unlabelled = {key: value for key, value in batch.items() if key != "labels"}
-    extra = {"output_hidden_states": True} if gives_hidden_states(model) else {}
+    extra = {"output_hidden_states": True} if hidden and gives_hidden_states(model) else {}
     return output_tensors(call_model(model, unlabelled, **extra))
 
 

@@ -32,6 +32,7 @@ from s2d_deploy.plan import Plan
 from s2d_deploy.qat import FakeQuantization, plan_from_state, plan_state
 from s2d_deploy.s2d import S2D, S2DConfig
 from s2d_deploy.sharding import bare, local, processes
+from s2d_deploy.site_decay import SiteDecay
 from s2d_deploy.spectral import whole
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,9 @@ class Loop:
         self.model = bare(self.wrapped)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizers = optimizers(self.model, config.optimizer, lr=config.lr, decay=config.adam_decay)
-        self.s2d = None if s2d is None else S2D(self.model, s2d, layers)
+        self.s2d: S2D | SiteDecay | None = None
+        if s2d is not None:
+            self.s2d = (S2D if s2d.select == "paper" else SiteDecay)(self.model, s2d, layers)
         self._make_plan = plan if callable(plan) else None
         self._plan_every = s2d.refresh_every if s2d is not None else S2DConfig().refresh_every
         self.quantization: FakeQuantization | None = None

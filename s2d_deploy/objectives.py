@@ -36,8 +36,12 @@ class Objective:
     global_mean: bool = False
 
 
-def objective_of(model: nn.Module, wanted: LossFunction | Literal["task", "distill"]) -> Objective:
+def objective_of(
+    model: nn.Module, wanted: LossFunction | Literal["task", "distill"], *, hidden: bool = True
+) -> Objective:
     """The objective; "distill" copies the model as it is now, and keeps that copy whole on every process.
+
+    `hidden`: it imitates hidden states too, not the outputs alone.
 
     Raises:
         RecipeError: an unknown name.
@@ -52,8 +56,10 @@ def objective_of(model: nn.Module, wanted: LossFunction | Literal["task", "disti
 
     def imitate(student: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
-            answers = outputs_to_imitate(teacher, batch)
-        return distillation_loss(outputs_to_imitate(student, batch), answers, batch.get("attention_mask"))
+            answers = outputs_to_imitate(teacher, batch, hidden=hidden)
+        return distillation_loss(
+            outputs_to_imitate(student, batch, hidden=hidden), answers, batch.get("attention_mask")
+        )
 
     return Objective("distill", imitate, global_mean=True)
 

@@ -114,6 +114,9 @@ class ConditionSection(_Section):
     n: int = Field(2, ge=1, le=8)
     weight_decay: float = Field(5e-4, ge=0, lt=1, description="lambda of the coupled penalty")
     decoupled_factor: float = Field(10.0, ge=0, le=1e6, description="decoupled: W -= rate * factor * U S^n V^T")
+    select: Literal["paper", "sites"] = Field(
+        "paper", description="sites: press what makes the outliers at the quantized sites, gains and neurons included"
+    )
     tau: float = Field(0.95, gt=0, le=1)
     k_max: int = Field(3, ge=1, le=64)
     refresh_every: int = Field(100, ge=1)
@@ -162,6 +165,18 @@ class ConditionSection(_Section):
         if precision == BASELINE:
             raise ValueError(message("condition.qat: fp32 quantizes nothing", fix="leave condition.qat out"))
         return precision
+
+    @model_validator(mode="after")
+    def _sites_decoupled(self) -> ConditionSection:
+        if self.select == "sites" and (self.application == "coupled" or self.split):
+            raise ValueError(
+                message(
+                    "condition.select: sites is always decoupled and splits no layer",
+                    found=f"application={self.application}, split={self.split}",
+                    fix="leave application and split out",
+                )
+            )
+        return self
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> ConditionSection:

@@ -105,7 +105,7 @@ class S2D:
 
     Raises:
         ModelError: an unknown layer, or rows that `config.split` cannot share out.
-        RecipeError: a pattern in `config.split` matches no layer.
+        RecipeError: a pattern in `config.split` matches no layer; `config.select` is not "paper".
     """
 
     def __init__(
@@ -116,6 +116,10 @@ class S2D:
         *,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
+        if config.select != "paper":
+            raise RecipeError(
+                message("S2D presses by the paper's rule", expected="select = 'paper'", fix="use site_decay.SiteDecay")
+            )
         self.model = bare(model)
         self.config = config
         self._optimizer = None if optimizer is None else _innermost(optimizer)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from s2d_deploy.errors import RecipeError, message
 
 Application = Literal["coupled", "decoupled"]
+Select = Literal["paper", "sites"]
 DEFAULT_OUTLIERS = 32
 
 
@@ -32,6 +33,8 @@ class S2DConfig:
         outliers: how many of a layer's largest activations PCDR is averaged over.
         split: pattern of module paths (fnmatch) -> number of equal shares of the output rows that are decomposed and
             judged one by one: ``{"*.qkv": 3}`` for the parts of a fused projection, ``{"*.qkv": 36}`` for the heads.
+        select: "paper": layers by PCDR at their own outputs. "sites": the components that make the outliers at the
+            quantized sites, norm gains and single neurons included (`site_decay`); always decoupled.
 
     Raises:
         RecipeError: names every value out of range.
@@ -49,6 +52,7 @@ class S2DConfig:
     refresh_batches: int | None = 2
     outliers: int = DEFAULT_OUTLIERS
     split: Mapping[str, int] = field(default_factory=dict)
+    select: Select = "paper"
 
     def __post_init__(self) -> None:
         drift, batches = self.refresh_drift, self.refresh_batches
@@ -65,6 +69,13 @@ class S2DConfig:
             ("refresh_batches", batches is None or _whole(batches, 1, 10**9), "a whole number, or nothing for all"),
             ("outliers", _whole(self.outliers, 1, 100_000), "a whole number, at least 1"),
             ("split", _is_split(self.split), "patterns with whole numbers from 1 to 4096, e.g. {'*.qkv': 3}"),
+            ("select", self.select in ("paper", "sites"), "'paper' or 'sites'"),
+            (
+                "application",
+                self.select != "sites" or self.application != "coupled",
+                "'decoupled' with select = 'sites'",
+            ),
+            ("split", self.select != "sites" or not self.split, "nothing with select = 'sites'"),
         ]
         wrong = [(name, expected) for name, good, expected in checks if not good]
         if wrong:
