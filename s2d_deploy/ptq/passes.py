@@ -118,6 +118,7 @@ PASSES: dict[str, PassEntry] = {
     "awq": PassEntry("s2d_deploy.ptq.awq", "transform", "AWQ, scaling (Lin et al., arXiv 2306.00978)"),
     "repq": PassEntry("s2d_deploy.ptq.repq", "transform", "RepQ-ViT, Li et al., arXiv 2212.08254"),
     "ranges": PassEntry("s2d_deploy.ptq.ranges", "ranges", "Range setting and round to nearest"),
+    "ptq4vit": PassEntry("s2d_deploy.ptq.ptq4vit", "ranges", "PTQ4ViT (Yuan et al., arXiv 2111.12293)"),
     "mixed": PassEntry(
         "s2d_deploy.ptq.mixed", "ranges", "Mixed precision by sensitivity (after HAWQ, arXiv 1905.03696)"
     ),
