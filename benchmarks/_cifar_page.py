@@ -30,7 +30,7 @@ def page(document: dict[str, Any]) -> str:
     head = tag("head", tag("meta", charset="utf-8"), tag("title", "S2D on CIFAR-10"), tag("style", style, _MORE))
     title = tag("h1", f"S2D on a pre-LN vision transformer, CIFAR-10 ({document['created'][:10]})")
     words = join(
-        tag("p", f"tau {data['settings'][tau]:g}: {data[key]['sentence']}")
+        tag("p", f"tau {data['settings'][tau]:g}: {data['start'][key]['sentence']}")
         for tau, key in (("tau", "forecast"), ("low_tau", "forecast_low_tau"))
     )
     return f"<!doctype html>\n{tag('html', head, tag('body', tag('main', title, words, join(drawn))), lang='en')}\n"

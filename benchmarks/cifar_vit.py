@@ -4,10 +4,11 @@
 
 Pre-trains a ViT with AdamW at a constant rate, without weight decay and clipping (what makes outliers grow), and looks
 at it on the way: PCDR, kurtosis, ranges, the W4A4 simulation. Then the same steps on the same batches with each of
-`--arms`: control, s2d (decoupled, at `--tau`), low-tau (the same at `--low-tau`), coupled (as the paper writes it),
-decay (AdamW's own); `--qat-arms` also fake-quantized at W4A4. The end of each is measured on the test images in float,
-W8A8, W4A8 and W4A4, with absmax and MSE ranges: accuracy, agreement with its own float decisions, noise of the logits.
-Each arm is compared with the control of its own seed, image by image (`paired.paired_drop`; a gain is a negative drop).
+`--arms`: control, s2d (decoupled, at `--tau`), low-tau (the same at `--low-tau`), named (low-tau, only in layers whose
+triplets `diagnose` makes responsible for a site), decay (AdamW's own), coupled (as the paper writes it); `--qat-arms`
+also fake-quantized at W4A4. The end of each is measured on the test images in float, W8A8, W4A8 and W4A4, with absmax
+and MSE ranges: accuracy, agreement with its own float decisions, noise of the logits. Each arm is compared with the
+control of its own seed, image by image (`paired.paired_drop`; a gain is a negative drop).
 
 `--factor` is chosen so that a flagged singular value S is about halved over the fine-tuning, as in the paper:
 decoupled, 1/S grows by factor * tune-lr * tune-steps / 2 (cosine), by default by 0.23.
@@ -37,22 +38,34 @@ from _cifar_page import page
 from _common import Figure
 from torch import Tensor, nn
 
+from s2d_deploy.attribution import SiteAttribution
 from s2d_deploy.calibrate import Calibration, calibrate
 from s2d_deploy.checkpointing import save
 from s2d_deploy.condition import condition
 from s2d_deploy.diagnose import LayerDiagnosis, diagnose, diagnose_model
 from s2d_deploy.discovery import discover
 from s2d_deploy.evaluate import outputs, score, torch_run
+from s2d_deploy.observers import Method
 from s2d_deploy.paired import paired_drop
-from s2d_deploy.plan import Plan
+from s2d_deploy.plan import Op, Plan
 from s2d_deploy.quantize import QuantizeConfig, build_plan
 from s2d_deploy.s2d_config import S2DConfig
 from s2d_deploy.simulation import simulate
 
-ARMS = ("control", "s2d", "low-tau", "decay", "coupled")
+ARMS = ("control", "s2d", "low-tau", "named", "decay", "coupled")
 PRECISIONS = ("w8a8", "w4a8", "w4a4")
-METHODS = ("absmax", "mse")
+METHODS: tuple[Method, ...] = ("absmax", "mse")
 OUTPUT = "logits"
+GROUPS = {
+    "nothing": (),
+    "patch embedding": ("*patch_embeddings*",),
+    "layer 0": ("*.layers.0.*",),
+    "query, key, value": ("*.q_proj", "*.k_proj", "*.v_proj"),
+    "scores and context": ("*.scores", "*.context"),
+    "o_proj": ("*.o_proj",),
+    "fc1": ("*.fc1",),
+    "fc2": ("*.fc2",),
+}
 
 
 # ---- pre-training -------------------------------------------------------------------------------------------
@@ -141,12 +154,20 @@ class Bench:
     def calibration(self) -> list[dict[str, Tensor]]:
         return self.train.inputs(self.a.calibration, 64)
 
-    def plan(self, model: nn.Module, precision: str = "w4a4", method: str = "mse", known: Any = None) -> Plan:
+    def plan(
+        self,
+        model: nn.Module,
+        precision: str = "w4a4",
+        method: Method = "mse",
+        known: tuple[dict[str, Op], Calibration] | None = None,
+        skip: tuple[str, ...] = (),
+    ) -> Plan:
         """A plan of the float model, calibrated on training images."""
         ops, statistics = self.statistics(model) if known is None else known
-        return build_plan(model, ops, statistics, precision, QuantizeConfig(weights=method, activations=method))
+        config = QuantizeConfig(weights=method, activations=method, skip=skip)
+        return build_plan(model, ops, statistics, precision, config)
 
-    def statistics(self, model: nn.Module) -> tuple[Any, Calibration]:
+    def statistics(self, model: nn.Module) -> tuple[dict[str, Op], Calibration]:
         batches = self.calibration
         ops = discover(model, {"pixel_values": batches[0]["pixel_values"][:1]}, OUTPUT)
         return ops, calibrate(model, ops, batches)
@@ -162,22 +183,42 @@ class Bench:
         """
         model = copy.deepcopy(model).eval()
         known = self.statistics(model)
-        batches, labels = self.test.inputs(count, 250), self.test.labels[:count]
-        reference = outputs(torch_run(model, OUTPUT), OUTPUT, batches)
+        plans = {f"{p}-{m}": self.plan(model, p, m, known) for p in precisions for m in METHODS}
+        return self.judged({"fp32": model} | {name: simulate(model, plan) for name, plan in plans.items()}, count)
 
-        def judged(found: Any) -> dict[str, Any]:
+    def judged(self, models: dict[str, nn.Module], count: int) -> dict[str, dict[str, Any]]:
+        """As `measured`, of these models; the first is the reference."""
+        batches, labels = self.test.inputs(count, 250), self.test.labels[:count]
+        result: dict[str, dict[str, Any]] = {}
+        reference = None
+        for name, model in models.items():
+            found = outputs(torch_run(model, OUTPUT), OUTPUT, batches)
+            reference = found if reference is None else reference
             correct = score("image-classification", found, reference, labels, None).per_sample.tolist()
             agree = score("image-classification", found, reference, None, None).per_sample.tolist()
             error = float(np.square(found - reference).sum())
             signal = float(np.square(reference - reference.mean(axis=-1, keepdims=True)).sum())
-            return {"correct": correct, "agree": agree, "db": 10 * math.log10(signal / error) if error else None}
-
-        result = {"fp32": judged(reference)}
-        for precision in precisions:
-            for method in METHODS:
-                simulated = simulate(model, self.plan(model, precision, method, known))
-                result[f"{precision}-{method}"] = judged(outputs(torch_run(simulated, OUTPUT), OUTPUT, batches))
+            db = 10 * math.log10(signal / error) if error else None
+            result[name] = {"correct": correct, "agree": agree, "db": db}
         return result
+
+    def left_in_float(self, model: nn.Module) -> dict[str, dict[str, Any]]:
+        """W4A4 with one group of ops in float at a time: by group and range method, as `brief_scores`."""
+        model = copy.deepcopy(model).eval()
+        known, count = self.statistics(model), min(2000, self.a.test)
+        result = {}
+        for group, patterns in GROUPS.items():
+            chosen = {f"w4a4-{m}": self.plan(model, "w4a4", m, known, patterns) for m in METHODS}
+            scores = self.judged({"fp32": model} | {n: simulate(model, plan) for n, plan in chosen.items()}, count)
+            result[group] = brief_scores(scores)
+        return result
+
+    def attributed(self, model: nn.Module) -> dict[str, Any]:
+        """Forecast and site errors of a fine-tuned model, at the lower tau."""
+        batches = self.calibration[:2]
+        found = diagnose_model(copy.deepcopy(model).eval(), lambda: batches, output=OUTPUT, tau=self.a.low_tau)
+        sites = [{"site": s.site, "error": s.error, "max_abs": s.max_abs, "verdict": s.verdict} for s in found.sites]
+        return {"forecast": found.forecast.to_dict(), "sites": sites, "excess": sum(s.excess for s in found.sites)}
 
     def look(self, model: nn.Module) -> dict[str, Any]:
         """What the trace of pre-training holds."""
@@ -214,15 +255,20 @@ def summary(layers: Sequence[LayerDiagnosis]) -> dict[str, Any]:
 def arm_settings(name: str, a: argparse.Namespace) -> dict[str, Any]:
     """What `condition` is given for an arm beside what all arms share."""
     kind, config = name.removesuffix("-qat"), None
-    if kind in ("s2d", "low-tau", "coupled"):
+    if kind in ("s2d", "low-tau", "named", "coupled"):
         config = S2DConfig(
-            tau=a.low_tau if kind == "low-tau" else a.tau,
+            tau=a.low_tau if kind in ("low-tau", "named") else a.tau,
             k_max=a.k_max,
             decoupled_factor=a.factor,
             refresh_every=a.refresh,
             application="coupled" if kind == "coupled" else "decoupled",
         )
-    return {"config": config, "adam_decay": a.decay if kind == "decay" else 0.0, "qat": kind != name}
+    return {
+        "config": config,
+        "adam_decay": a.decay if kind == "decay" else 0.0,
+        "qat": kind != name,
+        "named": kind == "named",
+    }
 
 
 def epochs(train: Images, size: int, seed: int) -> Callable[[], Iterator[dict[str, Tensor]]]:
@@ -237,12 +283,18 @@ def epochs(train: Images, size: int, seed: int) -> Callable[[], Iterator[dict[st
     return one
 
 
+def named_layers(sites: Sequence[SiteAttribution]) -> list[str]:
+    """Layers that alone stand before a site whose error their leading triplets make: what S2D should press."""
+    return sorted({s.linears[0] for s in sites if s.verdict == "triplet" and len(s.linears) == 1})
+
+
 def finetune(
-    model: nn.Module, arm: str, seed: int, bench: Bench, folder: Path, a: argparse.Namespace
+    model: nn.Module, arm: str, seed: int, bench: Bench, folder: Path, named: list[str], a: argparse.Namespace
 ) -> dict[str, Any]:
     """One arm from the pre-trained weights: what came out, with right and wrong of each test image."""
     settings = arm_settings(arm, a)
     qat = settings.pop("qat")
+    layers = named if settings.pop("named") else None
     kept = folder / f"{arm}-{seed}.json"
     if kept.exists():
         return dict(json.loads(kept.read_text()))
@@ -257,11 +309,12 @@ def finetune(
         warmup=(a.qat_steps if qat else a.tune_steps) // 20,
         seed=seed,
         plan=bench.plan if qat else None,
+        layers=layers,
         checkpoint_path=folder / f"{arm}-{seed}.pt",
         checkpoint_every=200,
         **settings,
     )
-    layers = [
+    compared = [
         {k: layer[k] for k in ("name", "flagged", "k_target")} | {w: _brief(layer[w]) for w in ("before", "after")}
         for layer in found.layers
     ]
@@ -276,9 +329,11 @@ def finetune(
         "loss": mean(found.losses[-100:]),
         "scores": bench.measured(model, a.test, precisions),
         "summary": summary(diagnose(model.eval(), bench.calibration[:2], tau=a.tau)),
-        "layers": layers,
+        "layers": compared,
         "refreshes": len(found.refreshes),
     }
+    if seed == a.seeds[0]:
+        result |= bench.attributed(model)
     kept.write_text(json.dumps(result))
     return result
 
@@ -322,14 +377,6 @@ def measure(a: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     folder = a.work / _digest([data_digest, {k: settings[k] for k in pre}])
     folder.mkdir(parents=True, exist_ok=True)
     model, trace, seconds = pretrain(a, bench.train, bench.look, folder / "pretrained.pt")
-    before, lower = (
-        diagnose_model(copy.deepcopy(model), lambda: bench.calibration[:2], output=OUTPUT, tau=tau)
-        for tau in (a.tau, a.low_tau)
-    )
-    for tau, found in ((a.tau, before), (a.low_tau, lower)):
-        print(f"tau {tau:g}: {found.forecast.sentence}", flush=True)
-    start = brief_scores(bench.measured(model, a.test))
-    print("pre-trained: ", shown(start), flush=True)
     jobs = [(arm, seed) for seed in a.seeds for arm in a.arms]
     jobs += [(f"{arm}-qat", seed) for seed in a.qat_seeds for arm in a.qat_arms]
     arms = list(dict.fromkeys(arm for arm, _ in jobs))
@@ -337,9 +384,10 @@ def measure(a: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
         {k: v for k, v in settings.items() if k not in (*pre, "arms", "seeds", "qat_arms", "qat_seeds")}
     )
     tuned.mkdir(exist_ok=True)
+    start = at_start(model, bench, tuned / "start.json")
     runs = []
     for arm, seed in jobs:
-        run = finetune(model, arm, seed, bench, tuned, a)
+        run = finetune(model, arm, seed, bench, tuned, start["named"], a)
         runs.append(run)
         print(f"{arm}, seed {seed}: {shown(brief_scores(run['scores']))} ({run['seconds']:.0f} s)", flush=True)
     gains: dict[str, Any] = {}
@@ -378,17 +426,43 @@ def measure(a: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
     return figures, {
         "settings": settings,
         "images_sha256": data_digest,
-        "pretraining": {"seconds": round(seconds, 1), "trace": trace, "scores": start},
-        "forecast": before.forecast.to_dict(),
-        "forecast_low_tau": lower.forecast.to_dict(),
-        "sites": [site.to_dict() for site in before.sites],
-        "layers": [
-            {"name": d.name, "flagged": d.flagged, "k_target": d.k_target} | _brief(d.to_dict()) for d in before.layers
-        ],
+        "pretraining": {"seconds": round(seconds, 1), "trace": trace},
+        "start": start,
         "means": means,
         "gains": gains,
         "runs": [_packed(run) for run in runs],
     }
+
+
+def at_start(model: nn.Module, bench: Bench, kept: Path) -> dict[str, Any]:
+    """What all arms start from: accuracies, both forecasts, and which part of the model W4A4 hurts."""
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
+    a = bench.a
+    scores = brief_scores(bench.measured(model, a.test))
+    print("pre-trained: ", shown(scores), flush=True)
+    batches, found = bench.calibration[:2], {}
+    for tau in (a.tau, a.low_tau):
+        found[tau] = diagnose_model(copy.deepcopy(model), lambda: batches, output=OUTPUT, tau=tau)
+        print(f"tau {tau:g}: {found[tau].forecast.sentence}", flush=True)
+    before = found[a.tau]
+    named = named_layers(before.sites)
+    print(f"named by diagnose: {', '.join(named) or 'nothing'}", flush=True)
+    result = {
+        "scores": scores,
+        "forecast": before.forecast.to_dict(),
+        "forecast_low_tau": found[a.low_tau].forecast.to_dict(),
+        "named": named,
+        "sites": [site.to_dict() for site in before.sites],
+        "layers": [
+            {"name": d.name, "flagged": d.flagged, "k_target": d.k_target} | _brief(d.to_dict()) for d in before.layers
+        ],
+        "left_in_float": bench.left_in_float(model),
+    }
+    for group, by in result["left_in_float"].items():
+        print(f"W4A4, {group} in float: {shown(by)}", flush=True)
+    kept.write_text(json.dumps(result))
+    return result
 
 
 def shown(scores: dict[str, dict[str, Any]]) -> str:
@@ -449,8 +523,10 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--qat-steps", type=_common.positive, default=200)
     parser.add_argument("--qat-arms", nargs="*", choices=ARMS, default=["control", "low-tau"])
     parser.add_argument("--qat-seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS[:3]))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the fine-tuning: order of the batches")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS[:5]))
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the fine-tuning: order of the batches"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of pre-training")
     return parser
 

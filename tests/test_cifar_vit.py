@@ -68,7 +68,7 @@ def test_a_small_run_and_one_that_goes_on(folder: Path, tmp_path: Path, capsys: 
             assert len(scores["correct"]) == 12
             assert 100 * scores["correct"].count("1") / 12 == pytest.approx(run["brief"][name]["top1"])
     assert [entry["step"] for entry in data["pretraining"]["trace"]] == [3, 6]
-    assert data["forecast"]["sentence"].startswith("S2D will")
+    assert data["start"]["forecast"]["sentence"].startswith("S2D will")
     pages = sorted((tmp_path / "results").glob("*.html"))
     assert len(pages) == 2
     text = pages[0].read_text()
