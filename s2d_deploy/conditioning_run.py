@@ -232,6 +232,8 @@ def verdict(
             f"What {subject} bought cannot be said from {held_out} held-out sample(s); {10 * MIN_JUDGED} samples are "
             f"the least, of which a tenth is held out. Seen were {seen}{price} ({unit})."
         )
+    if not judged:
+        return f"No quantized precision was asked for{price} ({unit}; in brackets 95 % intervals, paired)."
     gained, lost = [c for c in judged if c.lo > 0], [c for c in judged if c.hi < 0]
     same = [c for c in judged if c.lo <= 0 <= c.hi]
     if gained:

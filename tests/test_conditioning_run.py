@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from s2d_deploy.conditioning_run import Change, verdict
 from s2d_deploy.conditioning_view import points, statement
+from s2d_deploy.diagnosis_recipe import recipe_document
 
 WORDS = "the quick brown fox jumps over a lazy dog while some cats sleep under old trees".split()  # noqa: SIM905
 HIT = "encoder.layer.1.output.dense"
@@ -178,7 +179,7 @@ def test_a_second_time_does_no_work_and_json_is_one_document(done: Any, commands
 def test_a_kill_in_the_middle_of_the_training_changes_nothing(
     commands: Commands, bert: Path, texts: Path, tmp_path: Path
 ) -> None:
-    arguments = ["condition", bert, "--data", texts, *flags("--steps", "120"), "--precision", "w4a4"]
+    arguments = ["condition", bert, "--data", texts, *flags("--steps", "100"), "--precision", "fp32"]
     arguments += ["--set", "condition.tau=0.9"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     saved = lambda: list((killed / "training").glob("*.pt"))  # noqa: E731
@@ -186,7 +187,7 @@ def test_a_kill_in_the_middle_of_the_training_changes_nothing(
     assert result.code == -signal.SIGKILL
     assert not (killed / "condition").exists()
     state = torch.load(saved()[0], map_location="cpu", weights_only=True)
-    assert 50 <= len(state["losses"]) < 120
+    assert 50 <= len(state["losses"]) <= 100
     for folder in (killed, whole):
         again = commands(*arguments, "-o", folder)
         assert again.code == 0, again.stderr
@@ -213,16 +214,16 @@ def test_a_flat_folder_of_images_needs_no_labels(commands: Commands, vit: Path, 
     assert kept["image_mean"] == [0.5] * 3
 
 
-@pytest.mark.parametrize(("names", "measure"), [(("cat", "dog"), "top-1 %"), (("a", "b", "c"), "top-1 agreement %")])
-def test_class_folders_are_labels_only_where_they_are_the_models_own(
-    commands: Commands, vit: Path, tmp_path: Path, names: tuple[str, ...], measure: str
-) -> None:
-    for name in names:
-        pictures(tmp_path / "images" / name, 20)
-    arguments = ["condition", vit, "--data", tmp_path / "images", "-o", tmp_path / "out", "--json"]
-    result = commands(*arguments, *flags("--steps", "2", "--precision", "w8a8", "--set", "condition.tau=1"))
-    assert result.code == 0, result.stderr
-    assert result.json["changes"][0]["measure"] == measure
+def test_class_folders_are_labels_only_where_they_are_the_models_own(vit: Path, tmp_path: Path) -> None:
+    for names, labelled in ((("cat", "dog"), True), (("a", "b", "c"), False), (("dog", "ferret"), False)):
+        for root in ("", "train", "test"):
+            data = tmp_path / "-".join([*names, root])
+            for name in names:
+                pictures(data / root / name, 1)
+            document = recipe_document(str(vit), str(data), None, 4)
+            assert (document["data"]["kind"], document["data"]["labels"]) == ("images", labelled)
+            assert document["model"]["task"] == "image-classification"
+    assert recipe_document(str(vit), str(data), "embedding", 4)["data"]["labels"] is False
 
 
 def test_images_that_cannot_be_used_are_named(commands: Commands, vit: Path, tmp_path: Path) -> None:
@@ -275,9 +276,10 @@ def test_no_flagged_layer_is_an_answer(commands: Commands, bert: Path, texts: Pa
     assert "Verdict: S2D bought nothing here, because no layer is flagged: the largest PCDR is 0." in said
     assert "The checkpoint holds the original's weights." in said
     assert "No training step was taken" in said
-    assert f"Dead in the original, their output is nothing but the bias: {dead}." in said
+    behind = "encoder.layer.0.output.dense"  # its input is zero, too
+    assert f"Dead in the original, their output is nothing but the bias: {dead}, {behind}." in said
     old, new = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "condition" / "model.safetensors")
-    assert all(torch.equal(old[name], new[name]) for name in new)
+    assert all(torch.equal(old[name], new[name]) for name in old)
     assert not (tmp_path / "out" / "after").exists()  # one model, looked at once
 
 
@@ -305,7 +307,7 @@ def test_a_loss_that_is_not_finite_leaves_no_checkpoint(
     assert result.code == 2
     assert "stopped at step 1 of 5: the loss is nan" in result.stderr
     assert not (tmp_path / "out" / "condition").exists()
-    assert commands(*arguments, "--set", "condition.tau=0.9", "-q").code == 0  # and it goes on from the diagnosis
+    assert (tmp_path / "out" / "before" / "diagnose" / "manifest.json").exists()  # the next try goes on from here
 
 
 @pytest.mark.parametrize(
@@ -444,7 +446,7 @@ SAME = change("w8a8", 0.001, -0.1, 0.1)
             [layer(flagged=False)],
             NO,
             50,
-            "S2D bought nothing here, because no layer is flagged: the largest PCDR is 0.97 (in fc2), below tau = 0.99.",
+            "bought nothing here, because no layer is flagged: the largest PCDR is 0.97 (in fc2), below tau = 0.99.",
         ),
     ],
 )
@@ -464,6 +466,8 @@ def test_only_the_first_measure_is_judged() -> None:
     assert sentence.startswith("S2D bought nothing here")
     assert "(points of top-1;" in sentence
     assert points(-0.001) == points(0.0) == "0.00"
+    alone = verdict("S2D", [FLOAT], [layer()], YES, 0.9, 50)
+    assert alone.startswith("No quantized precision was asked for; the float model changed by -0.40")
 
 
 def test_the_statement_holds_both_tables() -> None:
