@@ -132,6 +132,11 @@ ARMS: dict[str, Arm] = {
         _trained(lambda c: _config(c, application="coupled", weight_decay=c.decay)),
         (*_PRESS, "decay"),
     ),
+    "s2d-sites": Arm(
+        "distillation with S2D at the quantized sites: what makes their outliers, gains and neurons included",
+        _trained(lambda c: _config(c, select="sites")),
+        (*_PRESS, "factor"),
+    ),
     "insert": Arm("no training: elementwise layers even out the channels of the sites", _equalized(bypass=False)),
     "bypass": Arm("as insert, and up to 4 channels of a site in float", _equalized(bypass=True)),
 }
