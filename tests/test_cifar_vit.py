@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from s2d_deploy.attribution import SiteAttribution
 from s2d_deploy.errors import DataError
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-cifar_vit, _images, _common = map(import_module, ("cifar_vit", "_cifar_images", "_common"))
+cifar_vit, _bench, _images = map(import_module, ("cifar_vit", "_cifar_bench", "_cifar_images"))
 
 SMALL = (
     *("--threads", "1", "--image", "8", "--width", "16", "--depth", "1", "--batch", "8", "--warmup", "2"),
@@ -62,13 +63,15 @@ def test_a_small_run_and_one_that_goes_on(folder: Path, tmp_path: Path, capsys: 
     data, again = (document["data"] for document in documents)
     assert data["means"] == again["means"]
     assert set(data["means"]) == {"control", "s2d", "control-qat", "s2d-qat"}
-    assert set(data["means"]["s2d"]) == {"fp32", *(f"{p}-{m}" for p in cifar_vit.PRECISIONS for m in cifar_vit.METHODS)}
+    assert set(data["means"]["s2d"]) == {"fp32", *(f"{p}-{m}" for p in _bench.PRECISIONS for m in _bench.METHODS)}
     for run in data["runs"]:
         for name, scores in run["scores"].items():
             assert len(scores["correct"]) == 12
             assert 100 * scores["correct"].count("1") / 12 == pytest.approx(run["brief"][name]["top1"])
     assert [entry["step"] for entry in data["pretraining"]["trace"]] == [3, 6]
     assert data["start"]["forecast"]["sentence"].startswith("S2D will")
+    assert set(data["start"]["left_in_float"]) == set(_bench.GROUPS)
+    assert data["start"]["left_in_float"]["nothing"]["w4a4-mse"]["db"] == data["start"]["scores"]["w4a4-mse"]["db"]
     pages = sorted((tmp_path / "results").glob("*.html"))
     assert len(pages) == 2
     text = pages[0].read_text()
@@ -110,6 +113,14 @@ def test_a_gain_is_paired_and_signed() -> None:
     one = cifar_vit.pooled(runs[:2], "s2d", "control", "w4a4-mse")
     assert (one["gain"], one["method"]) == (25.0, "exact McNemar, Tango interval")
     assert cifar_vit.pooled(runs[:1], "s2d", "control", "w4a4-mse") is None
+
+
+def test_layers_that_diagnose_names() -> None:
+    def site(verdict: str, *linears: str) -> Any:
+        return SiteAttribution("s", "activation", "m", linears, 1.0, 1.0, verdict=verdict)  # type: ignore[arg-type]
+
+    sites = [site("triplet", "b"), site("triplet", "a"), site("neuron", "c"), site("triplet", "d", "e")]
+    assert cifar_vit.named_layers(sites) == ["a", "b"]
 
 
 def test_arms_of_a_seed_see_the_same_batches(folder: Path, tmp_path: Path) -> None:
