@@ -53,7 +53,7 @@ def _accuracy_plot(data: dict[str, Any]) -> Markup:
 
 
 def _trace_plot(trace: Sequence[dict[str, Any]]) -> Markup | None:
-    names = [("kurtosis", "largest kurtosis of a layer's input"), ("range_over_std", "largest range over spread")]
+    names = [("kurtosis", "largest kurtosis of a layer's input"), ("max_abs", "largest output of a layer")]
     if len(trace) < 2:
         return None
     width, bottom, left = 580.0, 240.0, 56.0
@@ -72,5 +72,5 @@ def _trace_plot(trace: Sequence[dict[str, Any]]) -> Markup | None:
             svg.mark(x(e["step"]), y(e[name]), shape, class_, f"step {e['step']}: {words} {e[name]:.0f}") for e in trace
         ]
     key = svg.legend(*((s, c, w) for (_, w), s, c in zip(names, ("ring", "dot"), ("before", "after"), strict=True)))
-    drawing = svg.canvas(width, bottom + 44, "Outliers over the steps of pre-training", *marks)
-    return figure("Outliers grow with AdamW's steps", drawing, note="Logarithmic axis.", key=key)
+    drawing = svg.canvas(width, bottom + 44, "Kurtosis and largest output over the steps of AdamW", *marks)
+    return figure("Outliers over the steps of pre-training", drawing, note="Logarithmic axis.", key=key)
