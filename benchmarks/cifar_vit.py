@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import _common
+import numpy as np
 import torch
 from _cifar_bench import OUTPUT, PRECISIONS, Bench, brief_scores, mean, summary
 from _cifar_images import Images, load_images
@@ -298,7 +299,7 @@ def measure(a: argparse.Namespace) -> tuple[list[Figure], dict[str, Any]]:
         "start": start,
         "means": means,
         "gains": gains,
-        "runs": [_packed(run) for run in runs],
+        "runs": [_packed(run, run["seed"] == a.seeds[0]) for run in runs],
     }
 
 
@@ -339,13 +340,28 @@ def shown(scores: dict[str, dict[str, Any]]) -> str:
     )
 
 
-def _packed(run: dict[str, Any]) -> dict[str, Any]:
-    """Right and wrong as one string of 0 and 1 for each setting: much shorter, and every sample is still there."""
+def _packed(run: dict[str, Any], layers: bool) -> dict[str, Any]:
+    """Right and wrong as bits in hexadecimal, the first image first: every sample is there. Layers of one seed only."""
     scores = {
-        n: {k: "".join("01"[v > 0] for v in s[k]) for k in ("correct", "agree")} | {"db": s["db"]}
+        n: {k: bits([v > 0 for v in s[k]]) for k in ("correct", "agree")} | {"db": s["db"]}
         for n, s in run["scores"].items()
     }
-    return run | {"scores": scores, "brief": brief_scores(run["scores"])}
+    packed = run | {"scores": scores, "brief": brief_scores(run["scores"])}
+    return packed if layers else {k: v for k, v in packed.items() if k != "layers"}
+
+
+def rounded(value: Any) -> Any:
+    """Every float to five significant digits."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def bits(values: Sequence[bool]) -> str:
+    """One bit for each value, filled up with zeros to whole bytes."""
+    return np.packbits(np.asarray(values, dtype=bool)).tobytes().hex()
 
 
 def _digest(what: Any) -> str:
@@ -401,12 +417,11 @@ def arguments_parser() -> argparse.ArgumentParser:
 
 def run(a: argparse.Namespace) -> int:
     torch.set_num_threads(a.threads)
-    cpu = time.process_time()
     torch.set_flush_denormal(True)
     a.work.mkdir(parents=True, exist_ok=True)
     record = _common.Record("cifar-vit", a.threads)
     figures, data = measure(a)
-    data["cpu_seconds"] = round(time.process_time() - cpu, 1)  # of this run; what --work held is not counted again
+    data = rounded(data)
     print(_common.show_figures(figures))
     path = record.write(a.results, figures, data)
     document = record.document(figures, data)
