@@ -73,7 +73,7 @@ def reader_groups(model: nn.Module, sample: Batch) -> list[Group]:
         if op.kind in ("linear", "conv"):
             maker = _maker(model, producers[f"{name}.input"])[0]
             members.setdefault(maker or tensors[name], []).append(name)
-    tied = _tied(model)
+    tied = shared_modules(model)
     return [_group(model, tuple(names), producers[f"{names[0]}.input"], tied) for names in members.values()]
 
 
@@ -104,7 +104,7 @@ def _inputs(model: nn.Module, ops: Mapping[str, Op], sample: Batch) -> dict[str,
     return found
 
 
-def _tied(model: nn.Module) -> set[str]:
+def shared_modules(model: nn.Module) -> set[str]:
     """Modules that share a parameter with another module."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -273,4 +273,5 @@ __all__ = [
     "input_peaks",
     "multiply",
     "reader_groups",
+    "shared_modules",
 ]

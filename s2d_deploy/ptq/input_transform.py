@@ -36,22 +36,28 @@ class InputTransform(Protocol):
 
 
 class BlockHadamard(nn.Module):
-    """``x -> x (I (x) H / sqrt(size))``: an orthogonal Hadamard matrix on every run of `size` channels.
+    """``x -> x (I (x) D H / sqrt(size))``: signs and an orthogonal Hadamard matrix on every run of `size` channels.
 
-    Spreads an outlier over its block (QuaRot, Ashkboos et al., arXiv 2404.00456, section 4). Its own inverse; the layer
-    behind it gets ``W (I (x) H / sqrt(size))``, so the product is unchanged.
+    Spreads an outlier over its block (QuaRot, Ashkboos et al., arXiv 2404.00456, section 4). The layer behind it gets
+    ``W (I (x) D H / sqrt(size))``, so the product is unchanged. Random signs D keep what all channels share (a mean
+    above zero) from gathering in the block's first channel; they are part of the matrix and cost nothing.
 
     Args:
         size: a power of two that divides the width.
+        seed: of the signs; None for none.
     """
 
     kind = "block-hadamard"
     matrix: Tensor
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, seed: int | None = None) -> None:
         super().__init__()
-        self.size = size
-        self.register_buffer("matrix", hadamard(size))
+        self.size, self.seed = size, seed
+        matrix = hadamard(size)
+        if seed is not None:
+            signs = torch.randint(0, 2, (size, 1), generator=torch.Generator().manual_seed(seed))
+            matrix = matrix * (2.0 * signs - 1.0)
+        self.register_buffer("matrix", matrix)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., K)."""
@@ -59,7 +65,30 @@ class BlockHadamard(nn.Module):
 
     def arguments(self) -> dict[str, Any]:
         """What makes it again."""
-        return {"size": self.size}
+        return {"size": self.size, "seed": self.seed}
+
+
+class Rotation(nn.Module):
+    """``x -> x matrix``, an orthogonal matrix on all channels.
+
+    Args:
+        width: number of channels; the identity until the matrix is set.
+    """
+
+    kind = "rotation"
+    matrix: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., K)."""
+        return x @ self.matrix
+
+    def arguments(self) -> dict[str, Any]:
+        """What makes it again."""
+        return {"width": self.matrix.shape[0]}
 
 
 class ChannelScale(nn.Module):
@@ -128,6 +157,7 @@ def hadamard(size: int) -> Tensor:
 
 KINDS: dict[str, type[nn.Module]] = {
     BlockHadamard.kind: BlockHadamard,
+    Rotation.kind: Rotation,
     ChannelScale.kind: ChannelScale,
     Chain.kind: Chain,
 }

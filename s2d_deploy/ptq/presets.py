@@ -14,6 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "int4_gptq": {"precisions": ["w4a16"], "passes": ["gptq"]},
     "w4a8": {"precisions": ["w4a8"]},
     "w4a4": {"precisions": ["w4a4"]},
+    "w4a4_rotated": {"precisions": ["w4a4"], "passes": [{"rotation": {"online": True}}]},
     "w4a4_erq": {"precisions": ["w4a4"], "passes": ["erq"]},
     "w4a4_repq": {"precisions": ["w4a4"], "passes": ["repq"]},
     "nvfp4": {"precisions": ["nvfp4"]},
