@@ -216,10 +216,10 @@ def test_a_flat_folder_of_images_needs_no_labels(commands: Commands, vit: Path, 
 
 def test_class_folders_are_labels_only_where_they_are_the_models_own(vit: Path, tmp_path: Path) -> None:
     for names, labelled in ((("cat", "dog"), True), (("a", "b", "c"), False), (("dog", "ferret"), False)):
-        for root in ("", "train", "test"):
-            data = tmp_path / "-".join([*names, root])
-            for name in names:
-                pictures(data / root / name, 1)
+        for splits in ([""], ["train", "test"]):
+            data = tmp_path / "-".join([*names, *splits])
+            for folder in (data / split / name for split in splits for name in names):
+                pictures(folder, 1)
             document = recipe_document(str(vit), str(data), None, 4)
             assert (document["data"]["kind"], document["data"]["labels"]) == ("images", labelled)
             assert document["model"]["task"] == "image-classification"
