@@ -10,17 +10,21 @@ from s2d_deploy import svg
 from s2d_deploy.markup import Markup, tag
 
 # Shape and colour of an arm: told apart without colour too, and safe for the common colour-vision deficiencies.
-_LOOKS = (
-    ("bar", "#3d4654"),
-    ("ring", "#0072b2"),
-    ("dot", "#c8500a"),
-    ("diamond", "#a85a8c"),
-    ("square", "#00876a"),
-    ("triangle", "#c98500"),
-    ("diamond", "#2a9fd6"),
-    ("square", "#7a6f2b"),
-)
-_SEEDS = " (mean of the seeds; the line from the least to the largest)"
+_LOOKS = {
+    "original": ("square", "#6b7482"),
+    "control": ("ring", "#0072b2"),
+    "s2d": ("dot", "#c8500a"),
+    "s2d-coupled": ("diamond", "#a85a8c"),
+    "s2d-sites": ("triangle", "#00876a"),
+    "insert": ("ring", "#c98500"),
+    "bypass": ("square", "#2a9fd6"),
+}
+_OTHER = ("diamond", "#7a6f2b")
+_METRICS = {
+    "cosine": "Mean cosine to the original in FP32",
+    "neighbour": "Sentences with the same nearest neighbour, %",
+}
+_SEEDS = "mean of the seeds; the line goes from the least to the largest"
 _STYLE = """
 svg { background: #fff; } text { font: 12px system-ui, sans-serif; fill: #1a2029; }
 .tick, .caption, .value { fill: #566070; font-size: 11px; } .title { font-weight: 600; font-size: 13px; }
@@ -45,7 +49,7 @@ def write(arms: dict[str, dict[str, Any]], runs: dict[str, list[dict[str, Any]]]
         The files; a plot without anything to show is left out.
     """
     trained = {name: found[0] for name, found in runs.items() if name != "original" and found[0]["layers"]}
-    looks = dict(zip(arms, _LOOKS, strict=False))
+    looks = {name: _LOOKS.get(name, _OTHER) for name in arms}
     drawn = {
         **{metric: _by_precision(arms, looks, metric) for metric in _METRICS},
         "layers": _layers({name: arms[name] for name in trained}, looks, runs),
@@ -84,15 +88,17 @@ def _by_precision(arms: dict[str, dict[str, Any]], looks: dict[str, tuple[str, s
     values = [v for s in arms.values() for key in keys for v in s["quantized"][key][metric].values()]
     columns = ["float", *precisions]
     top = 1.0 if metric == "cosine" else 100.0
-    step, left, height = 26.0 + 11.0 * len(arms), 44.0, 330.0
+    step, left, height = max(26.0 + 11.0 * len(arms), 72.0), 44.0, 330.0
     panel = left + step * len(columns) + 10
     y = svg.Scale(min(0.0 if min(values) < 0.45 * top else min(values) - 0.05 * top, *values), top, height - 46, 62)
-    marks: list[Markup] = [svg.text(8, 14, _METRICS[metric] + _SEEDS, "title"), *_key(arms, looks, 14, 36)]
+    marks: list[Markup] = [svg.text(8, 14, _METRICS[metric], "title"), *_key(arms, looks, 14, 36)]
     order = list(looks)
     for number, method in enumerate(methods):
         x0 = number * panel
         marks += [
-            svg.text(x0 + left + step * len(columns) / 2, height - 8, f"{method} ranges", "caption", "middle"),
+            svg.text(
+                x0 + left + step * len(columns) / 2, height - 8, f"{method} ranges; {_SEEDS}", "caption", "middle"
+            ),
             *(svg.line(x0 + left, y(t), x0 + left + step * len(columns), y(t), "grid") for t in y.ticks()),
             *(svg.text(x0 + left - 6, y(t), f"{t:g}", "tick", "end") for t in y.ticks()),
         ]
