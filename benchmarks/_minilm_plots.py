@@ -31,10 +31,6 @@ svg { background: #fff; } text { font: 12px system-ui, sans-serif; fill: #1a2029
 .grid { stroke: #dde1e7; } .half { stroke: #a8231f; stroke-dasharray: 4 3; }
 .curve, .whisker { fill: none; stroke-width: 1.6; } .ring { fill: #fff; stroke-width: 1.8; }
 """
-_METRICS = {
-    "cosine": "mean cosine to the original in FP32",
-    "neighbour": "sentences with the same nearest neighbour, %",
-}
 
 
 def write(arms: dict[str, dict[str, Any]], runs: dict[str, list[dict[str, Any]]], stem: Path) -> list[Path]:
