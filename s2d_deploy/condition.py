@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ class ConditioningResult:
         findings: sentences for the report, e.g. that no layer is flagged.
         float_before: the metric before, where one was given.
         float_after: and after.
+        learned_plan: with ``learned_steps``, the plan whose scales were learned: the one to deploy.
     """
 
     method: str
@@ -63,10 +64,13 @@ class ConditioningResult:
     findings: list[str] = field(default_factory=list)
     float_before: float | None = None
     float_after: float | None = None
+    learned_plan: Plan | None = field(default=None, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
+        """JSON-ready; without the plan."""
+        document = asdict(replace(self, learned_plan=None))
+        del document["learned_plan"]
+        return document
 
 
 def condition(
@@ -89,6 +93,7 @@ def condition(
     checkpoint_every: int = 100,
     optimizer: OptimizerName = "adamw",
     plan: Plan | PlanMaker | None = None,
+    learned_steps: bool = False,
     accumulate: int = 1,
     autocast: Literal["no", "bf16"] = "no",
     sharding: Literal["auto", "ddp", "fsdp2"] = "auto",
@@ -120,6 +125,8 @@ def condition(
         optimizer: "adamw", or "muon" for the hidden 2-D weights (see `baselines`).
         plan: QAT: the forward pass is fake-quantized by this plan. A function ``(float model) -> Plan`` makes it from
             the model on the CPU, at the start and anew at every ``config.refresh_every`` steps.
+        learned_steps: the plan's stored scales are trained as well (LSQ, see `lsq`); a function makes the plan once.
+            One process only.
         accumulate: batches in one optimizer step; their mean loss counts.
         autocast: "bf16" computes in bfloat16 on float32 weights.
         sharding: of many processes: "ddp", "fsdp2", or "auto" (FSDP2 when ``accelerate launch`` was told so).
@@ -144,6 +151,7 @@ def condition(
         autocast=autocast,
         sharding=sharding,
         checkpoint_every=checkpoint_every,
+        learned_steps=learned_steps,
     )
     calibration = calibration_batches if isinstance(calibration_batches, Sequence) else list(calibration_batches)
     look = config if config is not None else S2DConfig()
@@ -159,6 +167,7 @@ def condition(
         # Pressing at the sites changes the streams in between on purpose: only the outputs are to be imitated.
         aim = objective_of(model.to(there), objective, hidden=not sites)
         method = _method(aim.name, config, loop_config, plan)
+        learned: Plan | None = None
         numbers = (steps, lr, warmup, adam_decay, clip_norm, optimizer, accumulate, autocast)
         quantized = plan.digest() if isinstance(plan, Plan) else plan is not None
         mark = fingerprint(model, method, config, numbers, seed, layers, quantized)
@@ -187,6 +196,8 @@ def condition(
                         else:
                             loop.s2d.load_state_dict(state["s2d"], calibration)
                     loop.train(train_batches, state, progress, path, saved, mark)
+                    if learned_steps and loop.quantization is not None:
+                        learned = loop.quantization.learned_plan()
                     if sites and loop.s2d is not None:
                         findings += _pressed(loop.s2d.flagged)
                 finally:
@@ -208,6 +219,7 @@ def condition(
         findings=findings,
         float_before=saved.float_before,
         float_after=float_after,
+        learned_plan=learned,
     )
 
 
@@ -215,6 +227,7 @@ def _method(objective: str, config: S2DConfig | None, loop: LoopConfig, plan: Pl
     parts = [objective]
     if plan is not None:
         parts.append(f"qat-{plan.precision}" if isinstance(plan, Plan) else "qat")
+        parts += ["lsq"] if loop.learned_steps else []
     if config is not None:
         parts.append(f"s2d-{config.application}" if config.select == "paper" else "s2d-sites")
     if loop.optimizer != "adamw":

@@ -59,6 +59,7 @@ class LoopConfig:
     autocast: Literal["no", "bf16"] = "no"
     sharding: Literal["auto", "ddp", "fsdp2"] = "auto"
     checkpoint_every: int = 100
+    learned_steps: bool = False
 
     def __post_init__(self) -> None:
         clip = self.clip_norm
@@ -117,7 +118,7 @@ class Loop:
 
     Raises:
         ModelError: no trainable weight.
-        RecipeError: Muon under FSDP2.
+        RecipeError: Muon under FSDP2, or learned steps on more than one process.
     """
 
     def __init__(
@@ -147,10 +148,24 @@ class Loop:
         self._make_plan = plan if callable(plan) else None
         self._plan_every = s2d.refresh_every if s2d is not None else S2DConfig().refresh_every
         self.quantization: FakeQuantization | None = None
+        steps: list[nn.Parameter] = []
         if plan is not None:
-            self.quantization = FakeQuantization(self.model, plan(self._float_copy()) if callable(plan) else plan)
+            if config.learned_steps and self.world > 1:
+                raise RecipeError(
+                    message(
+                        "learned quantization steps train on one process",
+                        found=f"{self.world} processes",
+                        fix="set condition.qat_steps=calibrated, or start one process",
+                    )
+                )
+            made = plan(self._float_copy()) if callable(plan) else plan
+            self.quantization = FakeQuantization(self.model, made, learned=config.learned_steps)
+            steps = self.quantization.steps
+        if steps:
+            self._make_plan = None  # a plan that is made anew would throw away what was learned
+            self.optimizers.append(torch.optim.AdamW(steps, lr=config.lr, weight_decay=0.0))
         # Everything that a step changes: the weights, and buffers such as a batch norm's running statistics.
-        self.state: list[Tensor] = [local(t.detach()) for t in (*self.parameters, *self.model.buffers())]
+        self.state: list[Tensor] = [local(t.detach()) for t in (*self.parameters, *self.model.buffers(), *steps)]
         self.start_norms = {name: _norm(p) for name, p in self.model.named_parameters()}
 
     def train(
@@ -242,6 +257,8 @@ class Loop:
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
+        if self.quantization is not None:
+            self.quantization.after_step()
         if self.s2d is not None:
             self.s2d.after_step(rate)
         return value
@@ -297,7 +314,7 @@ class Loop:
             "model": whole_state(dict(self.model.state_dict())),
             "optimizers": [whole_state(optimizer.state_dict()) for optimizer in self.optimizers],
             "s2d": None if self.s2d is None else self.s2d.state_dict(),
-            "plan": None if self.quantization is None else plan_state(self.quantization.plan),
+            "plan": None if self.quantization is None else plan_state(self.quantization.learned_plan()),
             "losses": list(self.losses),
             "before": saved.before,
             "float_before": saved.float_before,
@@ -314,7 +331,9 @@ class Loop:
         load_whole(self.model, state["model"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, kept)
-        if self.quantization is not None:
+        if self.quantization is not None and self.config.learned_steps:
+            self.quantization.load_steps(plan_from_state(state["plan"]))
+        elif self.quantization is not None:
             self.quantization.replace(plan_from_state(state["plan"]))
         self.losses = list(state["losses"])
         torch.set_rng_state(state["rng"])

@@ -229,6 +229,8 @@ class Pipeline:
             told.append(True)
             result = self._train_conditioned(step, self._resumed_from(key))
             save_checkpoint(module, folder)
+            if result.learned_plan is not None:
+                result.learned_plan.save(folder)
             document = result.to_dict()
             # Not in the file: equal weights and findings give equal bytes, however long they took.
             seconds = document.pop("seconds")
@@ -331,6 +333,7 @@ class Pipeline:
             adam_decay=section.decay if section.method == "weight-decay" else 0.0,
             optimizer="muon" if section.method == "muon" else "adamw",
             plan=None if section.qat is None else self._qat_plan,
+            learned_steps=section.qat_steps == "learned",
             accumulate=section.accumulate,
             autocast=section.autocast,
             checkpoint_path=checkpoint,
@@ -427,7 +430,7 @@ class Pipeline:
             quantized = Quantized(self.model.module, Plan(BASELINE, dict(self.ops)))
             if precision != BASELINE:
                 quantized = run_passes(
-                    self.model.module, self.ops, precision, parse_steps(section.passes), self._context(step)
+                    self.model.module, self.ops, precision, parse_steps(section.passes), self._context(step, precision)
                 )
             plan = quantized.plan
             plan.save(folder)
@@ -487,7 +490,7 @@ class Pipeline:
             for p in self.recipe.quantize.precisions
         ]
 
-    def _context(self, step: Step) -> Context:
+    def _context(self, step: Step, precision: str) -> Context:
         """What the passes read. Ranges of the untouched model come from the calibrate stage."""
         untouched = weights_sha256(self.model.module)
         stage = self.calibrate().folder / "calibration.safetensors"
@@ -500,7 +503,22 @@ class Pipeline:
                 return Calibration.load(stage)
             return calibrate(module, ops, batches(), step)
 
-        return Context(batches, self.model.output, self._quantize_config(), self.recipe.data.seed, step, statistics)
+        section, learned = self.recipe.condition, None
+        if (
+            section.qat_steps == "learned"
+            and section.qat == precision
+            and (self.condition().folder / "plan.json").exists()
+        ):
+            learned = Plan.load(self.condition().folder)
+        return Context(
+            batches,
+            self.model.output,
+            self._quantize_config(),
+            self.recipe.data.seed,
+            step,
+            statistics,
+            learned=learned,
+        )
 
     def onnx(self, precision: str) -> Stage:
         """The common ONNX file of one precision."""

@@ -6,7 +6,8 @@ S2D's look at the float model. So here nothing is copied: inside ``with FakeQuan
 each planned layer's forward, and each planned attention operand, passes through the plan's quantizers. Gradients are
 straight-through (arXiv 1308.3432). Under autocast the quantizers still compute in FP32.
 
-The plan's scales are constants of the backward pass. They age while the weights move: `replace` takes a newer plan.
+The plan's scales are constants of the backward pass, and age while the weights move: `replace` takes a newer plan. Or
+they are learned with the weights (``learned=True``, see `lsq`), and `learned_plan` is what must be deployed.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from s2d_deploy.attention import quantizer_name, use_visible_attention
 from s2d_deploy.errors import ModelError, message
 from s2d_deploy.fake_quant import FakeQuantizer
 from s2d_deploy.grid import Grid
+from s2d_deploy.lsq import LearnedQuantizer, learnable
 from s2d_deploy.plan import Op, Plan, Site
 from s2d_deploy.sharding import bare
 
@@ -34,13 +36,14 @@ class FakeQuantization:
     Args:
         model: the float model that the plan was made for; its attention is switched to the visible one.
         plan: which sites, on which grids.
+        learned: stored scales are parameters (`steps`), in float32; the caller's optimizer moves them.
 
     Raises:
         ModelError: an op of the plan is not in this model, or a weight's scale does not fit.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan) -> None:
-        self.model = bare(model)
+    def __init__(self, model: nn.Module, plan: Plan, *, learned: bool = False) -> None:
+        self.model, self.learned = bare(model), learned
         self._attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
         use_visible_attention(self.model)
         self.replace(plan)
@@ -48,6 +51,7 @@ class FakeQuantization:
     def replace(self, plan: Plan) -> None:
         """Use another plan of the same model from now on."""
         self.plan = plan
+        self._learned: dict[str, LearnedQuantizer] = {}
         modules = dict(self.model.named_modules())
         self._installed: list[tuple[nn.Module, str, Any]] = []
         for op in plan.ops.values():
@@ -69,11 +73,38 @@ class FakeQuantization:
             if attention:
                 for site in (left, right):
                     if site is not None:
-                        self._installed.append((owner, quantizer_name(site.role), _InFloat(site, device)))
+                        self._installed.append((owner, quantizer_name(site.role), self._quantizer(site, device)))
             else:
                 _check_scale(op, owner, right)
-                forward = _quantized_forward(owner, _InFloat(left, device), _InFloat(right, device))
+                forward = _quantized_forward(owner, self._quantizer(left, device), self._quantizer(right, device))
                 self._installed.append((owner, "forward", forward))
+
+    def _quantizer(self, site: Site | None, device: torch.device) -> _InFloat:
+        if site is None or not (self.learned and learnable(site)):
+            return _InFloat(None if site is None else FakeQuantizer.of(site).to(device))
+        self._learned[site.name] = LearnedQuantizer(site).to(device)
+        return _InFloat(self._learned[site.name])
+
+    @property
+    def steps(self) -> list[nn.Parameter]:
+        """The learned scales, in the plan's order; none without ``learned``."""
+        return [quantizer.scale for quantizer in self._learned.values()]
+
+    def after_step(self) -> None:
+        """To be called when an optimizer has moved the steps."""
+        for quantizer in self._learned.values():
+            quantizer.keep_positive()
+
+    def learned_plan(self) -> Plan:
+        """The plan with its scales as they are now."""
+        sites = {n: self._learned[n].learned_site() if n in self._learned else s for n, s in self.plan.sites.items()}
+        return Plan(self.plan.precision, dict(self.plan.ops), sites, dict(self.plan.info))
+
+    @torch.no_grad()
+    def load_steps(self, plan: Plan) -> None:
+        """Take the scales of a `learned_plan` of this model; the parameters stay the same objects."""
+        for name, quantizer in self._learned.items():
+            quantizer.scale.copy_(plan.sites[name].scale)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -113,13 +144,11 @@ def plan_from_state(state: dict[str, Any]) -> Plan:
 
 
 class _InFloat(nn.Module):
-    """A site's quantizer in FP32 whatever autocast gives it; the identity without a site."""
+    """A site's quantizer in FP32 whatever autocast gives it; the identity without one."""
 
-    def __init__(self, site: Site | None, device: torch.device) -> None:
+    def __init__(self, quantizer: nn.Module | None) -> None:
         super().__init__()
-        self.quantizer = None
-        if site is not None:
-            self.quantizer = FakeQuantizer.of(site).to(device)
+        self.quantizer = quantizer
 
     def forward(self, x: Tensor) -> Tensor:
         if self.quantizer is None:

@@ -126,6 +126,9 @@ class ConditionSection(_Section):
         default_factory=dict, description="layer pattern -> matrices in it, e.g. '*.qkv': 3, or 3 x heads"
     )
     qat: str | None = Field(None, description="fake-quantize the forward pass at this precision, e.g. w4a4")
+    qat_steps: Literal["calibrated", "learned"] = Field(
+        "calibrated", description="of qat: scales made anew from data now and then, or trained and deployed (LSQ)"
+    )
     decay: float = Field(0.1, gt=0, lt=1, description="of method weight-decay, AdamW-style, on all weights")
     accumulate: int = Field(1, ge=1, description="batches in one optimizer step")
     autocast: Literal["no", "bf16"] = Field("no", description="compute in bfloat16 on float32 weights")
@@ -150,6 +153,12 @@ class ConditionSection(_Section):
                 message(
                     f"condition.one_shot is not read by condition.method = {self.method}",
                     fix="set condition.method=one-shot, or remove condition.one_shot",
+                )
+            )
+        if self.qat_steps == "learned" and self.qat is None:
+            raise ValueError(
+                message(
+                    "condition.qat_steps: learned needs a precision to learn for", fix="set condition.qat, e.g. w4a4"
                 )
             )
         if self.method == "one-shot" and self.qat is not None:
@@ -364,6 +373,11 @@ class Recipe(_Section):
         trained = self.condition.method not in ("none", "one-shot")
         if self.data.kind == "text" and trained and self.condition.objective == "task":
             wrong.append("condition.objective: text has no labels here; use distill")
+        if self.condition.qat_steps == "learned" and self.quantize.passes:
+            wrong.append(
+                "condition.qat_steps: learned scales are deployed as they are, and quantize.passes would change the "
+                "weights or scales that they belong to; use one of the two"
+            )
         if wrong:
             raise ValueError("\n  ".join(wrong))
         return self

@@ -70,6 +70,7 @@ class Context:
         statistics: histograms of a model's activation sites; a pipeline puts its cache here.
         reference: for passes of kind "weights": the float model as the transforms left it, which several such passes in
             a row all compare with. The runner puts it in; None where a pass is called by itself.
+        learned: scales that were trained with the weights (LSQ): `ranges` takes them in place of calibrated ones.
     """
 
     batches: Callable[[], Iterable[Batch]]
@@ -79,6 +80,7 @@ class Context:
     progress: Progress = field(default=lambda _text: None)
     statistics: Callable[[nn.Module, Mapping[str, Op]], Calibration] | None = None
     reference: nn.Module | None = None
+    learned: Plan | None = None
 
     def calibration(self, model: nn.Module, ops: Mapping[str, Op]) -> Calibration:
         """Histograms of `model`'s activation sites over the calibration batches."""
