@@ -274,6 +274,8 @@ class SiteDecay:
         around = self._around.get(sites[0].module)
         if around is None or not is_free(self.model, (module, *around.readers)):
             return None
+        if kind == "gain" and around.shared and not around.next_norm:
+            return None  # what else reads it is not known: it may be the model's own output
         single = sites[0].single
         rest = sites[0].max_abs * (single.range if single is not None else 1.0)
         tall = [(c.index, c.max_abs / rest) for c in sites[0].channels if rest > 0 and c.max_abs > rest]

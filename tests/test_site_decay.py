@@ -11,6 +11,7 @@ import planted
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertPooler
 
 from s2d_deploy.condition import condition
 from s2d_deploy.errors import DataError, ModelError, RecipeError
@@ -204,6 +205,17 @@ def test_a_gain_of_a_post_norm_model_is_pressed() -> None:
     pressed(decay, 3)
     after = planted.captured_input(model, "encoder.layer.1.attention.self.key", planted.texts()[0]).abs().max()
     assert after < 0.8 * before
+
+
+def test_the_gain_of_the_model_s_output_is_left_alone() -> None:
+    model = planted.bert(layers=1)
+    model.pooler = BertPooler(model.config)  # reads it as a Linear, beside the output itself
+    norm = "encoder.layer.0.output.LayerNorm"
+    with torch.no_grad():
+        model.get_submodule(norm).weight[CHANNEL] = 25.0
+    decay = selected(model, planted.texts())
+    assert f"gain {norm}" not in names(decay)
+    assert norm not in decay.centred
 
 
 def test_what_is_frozen_or_shared_stays() -> None:
