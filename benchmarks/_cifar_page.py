@@ -11,6 +11,15 @@ from s2d_deploy.markup import Markup, join, tag
 from s2d_deploy.plots import figure
 from s2d_deploy.report_schema import ConditionedLayer
 
+_STYLES = (
+    ("ring", "p-fp32"),
+    ("dot", "p-w4a4"),
+    ("diamond", "p-w8a8"),
+    ("square", "p-w4a8"),
+    ("triangle", "p-w4a16"),
+    ("bar", "p-fp32"),
+    ("bar", "p-w4a4"),
+)
 _MORE = Markup("main { padding-top: 20px; }")
 
 
@@ -38,15 +47,15 @@ def page(document: dict[str, Any]) -> str:
 
 def _accuracy_plot(data: dict[str, Any]) -> Markup:
     means = {arm: {name: found["top1"] for name, found in by.items()} for arm, by in data["means"].items()}
-    shapes = dict(zip(means, ("ring", "dot", "diamond", "square", "triangle"), strict=False))
-    colours = dict(zip(means, ("p-fp32", "p-w4a4", "p-w8a8", "p-w4a8", "p-w4a16"), strict=False))
+    styles = {arm: _STYLES[i % len(_STYLES)] for i, arm in enumerate(means)}
     rows = list(next(iter(means.values())))
     plot = svg.Rows(rows, [v for found in means.values() for v in found.values()], "top-1, %", row=28)
     for arm, found in means.items():
         for name, value in found.items():
             title = f"{arm}, {name}: {value:.2f} %"
-            plot.add(svg.mark(plot.scale(value), plot.y(rows.index(name)), shapes[arm], colours[arm], title))
-    key = svg.legend(*((shapes[arm], colours[arm], arm) for arm in means))
+            shape, class_ = styles[arm]
+            plot.add(svg.mark(plot.scale(value), plot.y(rows.index(name)), shape, class_, title))
+    key = svg.legend(*((*styles[arm], arm) for arm in means))
     note = f"Mean over the fine-tuning's seeds, {data['settings']['test']} test images. The axis starts above zero."
     drawing = figure("Accuracy of each arm", plot.render("top-1 by arm and precision"), note=note, key=key)
     return drawing if drawing is not None else Markup("")

@@ -347,7 +347,12 @@ def _packed(run: dict[str, Any], layers: bool) -> dict[str, Any]:
         for n, s in run["scores"].items()
     }
     packed = run | {"scores": scores, "brief": brief_scores(run["scores"])}
-    return packed if layers else {k: v for k, v in packed.items() if k != "layers"}
+    if not layers:
+        return {k: v for k, v in packed.items() if k != "layers"}
+    for layer in packed["layers"]:
+        for when in ("before", "after"):
+            layer[when]["singular_values"] = layer[when]["singular_values"][:12]
+    return packed
 
 
 def rounded(value: Any) -> Any:
