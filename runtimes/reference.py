@@ -262,9 +262,12 @@ class ReferenceRuntime:
         if precision == "fp32":
             return "float"
         try:
-            return "weight-only" if parse_precision(precision).activations == 16 else "emulated"
+            parsed = parse_precision(precision)
         except RecipeError:
             return None
+        if parsed.format != "int":  # simulated only; no exporter writes it
+            return None
+        return "weight-only" if parsed.activations == 16 else "emulated"
 
     def open(self, artifact: Artifact, *, threads: int) -> ReferenceSession:  # noqa: ARG002 - NumPy's BLAS has its own setting
         """Load the artifact's common ONNX file.

@@ -21,6 +21,7 @@ import numpy as np
 from s2d_deploy.errors import ArtifactError, DataError, DeviceUnavailable, UnsupportedError, message
 from s2d_deploy.feeds import require_feeds
 from s2d_deploy.files import read_json
+from s2d_deploy.precision import FP4
 from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung
 
 from . import _trt_package as package
@@ -69,6 +70,8 @@ class TensorRTRuntime:
         """What TensorRT offers: every GPU that it builds for multiplies INT8, and none INT4."""
         if precision in _RUNGS:
             return _RUNGS[precision]
+        if precision in FP4:  # simulated only; no exporter writes it yet
+            return None
         return "weight-only" if precision.endswith("a16") else "emulated"
 
     def open(self, artifact: Artifact, *, threads: int) -> TensorRTSession:  # noqa: ARG002 - the GPU has no such setting

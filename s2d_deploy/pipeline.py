@@ -374,6 +374,7 @@ class Pipeline:
             percentile=section.percentile,
             activation_granularity=section.activation_granularity,
             activation_symmetric=section.activation_symmetric,
+            weight_granularity=section.weight_granularity,
             block_size=section.block_size,
             attention=section.attention,
             skip=section.skip,
@@ -598,7 +599,8 @@ def _dump(section: Any) -> dict[str, Any]:
 def _quantize_key(section: QuantizeSection, precision: str) -> dict[str, Any]:
     """What the plan of one precision depends on. Blocks serve weight-only precisions, which overrides may bring in."""
     names = (precision, *section.overrides.values(), *([section.first_last] if section.first_last else []))
-    blocked = any(parse_precision(name).activations == 16 for name in names)
+    blocked = section.weight_granularity == "block"
+    blocked = blocked or any(parse_precision(name).activations == 16 for name in names)
     unread = {"precisions", "preset", "error_samples"} | (set() if blocked else {"block_size"})
     return {k: v for k, v in _dump(section).items() if k not in unread}
 

@@ -54,7 +54,10 @@ class QuantizeConfig:
         percentile: for the "percentile" method, in percent.
         activation_granularity: one stored scale ("tensor"), or one for each token at run time ("token").
         activation_symmetric: False gives activations a zero point (no TensorRT).
-        block_size: of weight-only precisions, along K.
+        weight_granularity: "auto" is one scale for each output channel, and for each block of weight-only Linears;
+            "channel" and "block" (of Linears) hold for every precision of integers. Blocks beside quantized
+            activations have no kernel in ONNX Runtime: its audit says so, and the gate fails.
+        block_size: of blocks, along K.
         attention: quantize attention's two products as well.
         skip: op name patterns (fnmatch) that stay float.
         overrides: op name pattern -> precision; the first that matches wins.
@@ -66,6 +69,7 @@ class QuantizeConfig:
     percentile: float = 99.99
     activation_granularity: Literal["tensor", "token"] = "tensor"
     activation_symmetric: bool = True
+    weight_granularity: Literal["auto", "channel", "block"] = "auto"
     block_size: int = 32
     attention: bool = True
     skip: tuple[str, ...] = ()
@@ -173,7 +177,7 @@ def _check_blocks(
     bad = [
         f"{name} (K = {op.k})"
         for name, op in ops.items()
-        if name in modules and _blocked(op, chosen[name]) and op.k % config.block_size
+        if name in modules and _blocked(op, chosen[name], config) and op.k % config.block_size
     ]
     if bad:
         raise PlanError(
@@ -225,8 +229,12 @@ def _stores_codes(op: Op, precision: Precision) -> bool:
     return not (op.kind == "conv" and precision.activations == 16)
 
 
-def _blocked(op: Op, precision: Precision) -> bool:
-    return op.kind == "linear" and precision.weights < 8 and precision.activations == 16
+def _blocked(op: Op, precision: Precision, config: QuantizeConfig) -> bool:
+    if op.kind != "linear" or precision.format != "int" or precision.weights == 16:
+        return False
+    if config.weight_granularity == "auto":
+        return precision.weights < 8 and precision.activations == 16
+    return config.weight_granularity == "block"
 
 
 def _weight_site(site: str, op: Op, weight: Tensor, precision: Precision, config: QuantizeConfig) -> Site:
@@ -237,7 +245,7 @@ def _weight_site(site: str, op: Op, weight: Tensor, precision: Precision, config
         scale, zero_point = weight_parameters(weight, grid, config.weights, config.percentile)
         of_tensor = weight_tensor_scale(weight, grid)
         return Site(site, op.name, "weight", grid, scale, zero_point, f"rtn-{config.weights}", of_tensor)
-    granularity: Granularity = PerBlock(1, config.block_size) if _blocked(op, precision) else PerAxis(0)
+    granularity: Granularity = PerBlock(1, config.block_size) if _blocked(op, precision, config) else PerAxis(0)
     # Narrow 8-bit codes: negation stays on the grid, and an accumulator is at most K * 127 * 128.
     grid = Grid(precision.weights, narrow=precision.weights == 8, granularity=granularity)
     scale, zero_point = weight_parameters(weight, grid, config.weights, config.percentile)

@@ -216,6 +216,9 @@ class QuantizeSection(_Section):
     percentile: float = Field(99.99, gt=50, le=100)
     activation_granularity: Literal["tensor", "token"] = "tensor"
     activation_symmetric: bool = True
+    weight_granularity: Literal["auto", "channel", "block"] = Field(
+        "auto", description="auto: a scale for each output channel; for each block where only weights are quantized"
+    )
     block_size: int = Field(32, ge=2)
     attention: bool = True
     skip: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ from s2d_deploy.grid import Grid, PerAxis, PerBlock, PerTensor, PerTokenBlock
 from s2d_deploy.observers import weight_parameters, weight_tensor_scale
 from s2d_deploy.plan import Op, Plan, Site
 from s2d_deploy.quantize import QuantizeConfig, build_plan
-from s2d_deploy.registry import load_exporter
+from s2d_deploy.registry import load_exporter, load_runtime, load_target
 from s2d_deploy.simulation import simulate
 
 E2M1 = Grid(4, format="e2m1")
@@ -379,3 +379,27 @@ def test_grids_of_every_format_survive_json() -> None:
 def test_an_unknown_fp4_name_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"unknown precision 'nvfp8'. Expected: .*nvfp4, mxfp4"):
         planned("nvfp8")
+
+
+@pytest.mark.parametrize("runtime", ["reference", "ort", "tvm", "tensorrt"])
+@pytest.mark.parametrize("precision", ["nvfp4", "mxfp4"])
+def test_no_runtime_claims_a_rung_for_what_is_only_simulated(runtime: str, precision: str) -> None:
+    assert load_runtime(runtime).rung(precision) is None
+
+
+@pytest.mark.parametrize("precision", ["w8a8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("granularity", ["channel", "block"])
+def test_weights_by_channel_and_by_block_at_every_precision(granularity: str, precision: str, tmp_path: Path) -> None:
+    model, plan, x = planned(precision, weight_granularity=granularity, block_size=16)
+    kinds = {s.grid.granularity.kind for s in plan.sites.values() if s.role == "weight"}
+    assert kinds == {"axis" if granularity == "channel" else "block"}
+    if precision == "w8a8":
+        return
+    load_exporter()(model, plan, {"x": x[:2]}, ["y"], tmp_path / "model.onnx")
+    target, runtime = load_target("reference"), load_runtime("reference")
+    (tmp_path / "built").mkdir()
+    dialect = target.dialect(tmp_path / "model.onnx", tmp_path / "built", precision=precision)
+    artifact = target.build(dialect, tmp_path / "built", precision=precision, options={}, progress=lambda _text: None)
+    with runtime.open(artifact, threads=1) as session:
+        found = next(iter(session.run({"x": x.numpy()}).values()))
+    assert np.abs(found - simulate(model, plan)(x=x).detach().numpy()).max() < 1e-5
