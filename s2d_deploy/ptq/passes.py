@@ -121,6 +121,9 @@ PASSES: dict[str, PassEntry] = {
     "repq": PassEntry("s2d_deploy.ptq.repq", "transform", "RepQ-ViT, Li et al., arXiv 2212.08254"),
     "ranges": PassEntry("s2d_deploy.ptq.ranges", "ranges", "Range setting and round to nearest"),
     "ptq4vit": PassEntry("s2d_deploy.ptq.ptq4vit", "ranges", "PTQ4ViT (Yuan et al., arXiv 2111.12293)"),
+    "modelopt": PassEntry(
+        "s2d_deploy.ptq.modelopt_bridge", "ranges", "A preset of NVIDIA ModelOpt, read into the Plan"
+    ),
     "mixed": PassEntry(
         "s2d_deploy.ptq.mixed", "ranges", "Mixed precision by sensitivity (after HAWQ, arXiv 1905.03696)"
     ),
