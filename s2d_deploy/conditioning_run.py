@@ -328,9 +328,15 @@ def _reason(flagged: Sequence[Mapping[str, Any]], forecast: Mapping[str, Any], j
         elif forecast["helps"] is False and not forecast["shares"]:
             reasons.append("no quantized site needs repair at 4 bits")
         elif forecast["helps"] is False and flagged:
-            reasons.append(
-                f"the flagged layers make {forecast['reach']:.0%} of the 4-bit error at the sites that need repair"
+            # A stored forecast from before harm was measured knows the error alone.
+            by_harm = forecast.get("harm") is not None
+            share = forecast["reach"] if by_harm else forecast.get("reach_by_error", forecast["reach"])
+            of = (
+                "harm that the sites do to the output at 4 bits"
+                if by_harm
+                else "4-bit error at the sites that need repair"
             )
+            reasons.append(f"the flagged layers make {share:.0%} of the {of}")
     return (f", because {' and '.join(reasons)}" if reasons else "") + although
 
 

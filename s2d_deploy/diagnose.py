@@ -7,8 +7,8 @@ Sandia report SAND2008-6212), so nothing is kept but a few numbers for each laye
 not depend on how the data is cut into batches (beyond rounding). Padding tokens count as tokens: the
 layer computes them, and a per-tensor range has to hold them.
 
-`diagnose_model` adds what `attribution` measures: which of these outliers arrive at quantized sites, what makes
-the sites' ranges, and whether S2D will help.
+`diagnose_model` adds what `attribution` measures: which of these outliers arrive at quantized sites and what makes
+the sites' ranges; on a few samples what each site does to the output (`site_harm`); and whether S2D will help.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from s2d_deploy.pcdr import (
     smallest_k,
 )
 from s2d_deploy.session import Progress
+from s2d_deploy.site_harm import HARM_SAMPLES, site_harm
 from s2d_deploy.spectral import (
     WeightedLayer,
     require_finite_weights,
@@ -330,15 +331,17 @@ def diagnose_model(
     k_max: int = 3,
     tau: float = 0.95,
     top: int = DEFAULT_TOP,
+    harm_samples: int = HARM_SAMPLES,
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """Diagnose layers and quantized sites in three passes over the data.
+    """Diagnose layers and quantized sites in three passes over the data, and one over a few samples for each site.
 
     Args:
         model: called as ``model(**batch)``; a transformers model is left with the visible attention switched on.
         batches: gives the same batches at each call; memory does not grow with their number.
         output: the output that will be exported; see `discovery.discover`.
         k_max, tau, top, progress: as in `diagnose`.
+        harm_samples: on how many of the first samples the harm of each site is measured; its cost: see `site_harm`.
 
     Raises:
         As `diagnose`.
@@ -352,4 +355,11 @@ def diagnose_model(
         log.warning("quantized sites are not attributed: %s", error)
         return Diagnosis(layers, [], Forecast(None, 0.0, {}, f"Whether S2D helps cannot be said here: {error}"))
     sites = attribute(model, ops, _Anew(batches), k_target=k_target, k_max=k_max, progress=progress)
-    return Diagnosis(layers, sites, forecast(sites, flagged=sum(layer.flagged for layer in layers)))
+    # Where not all can be measured singly: what S2D could change first, the worst of it first.
+    worst = sorted((s for s in sites if s.flagged or s.triplets), key=lambda s: (-s.reach * s.excess, -s.excess))
+    harm = site_harm(
+        model, ops, batches(), output, first=[s.site for s in worst], samples=harm_samples, progress=progress
+    )
+    sites = [replace(s, harm=harm.sites.get(s.site)) for s in sites]
+    flagged = sum(layer.flagged for layer in layers)
+    return Diagnosis(layers, sites, forecast(sites, flagged=flagged, unmeasured=harm.rest))

@@ -38,11 +38,13 @@ def sites_table(sites: Sequence[Mapping[str, Any]]) -> str:
     """Quantized activation sites (documents of `attribution.SiteAttribution`), worst first; harmless ones counted.
 
     Error is that of 4 bits over the variance within channels; the shares say how much of its excess goes with a cause.
+    Harm is what the site alone, quantized, does to the model's output, as a share of the sum over all sites.
     """
+    harm = sum(s.get("harm") or 0.0 for s in sites)
     table = Table(title="quantized sites that need repair at 4 bits, and what makes them", title_justify="left")
     table.add_column("site", overflow="fold")
     table.add_column("behind", no_wrap=True)
-    for name in ("max", "error", "S2D reaches", "triplets", "gain", "channels"):
+    for name in ("max", "error", "harm", "S2D reaches", "triplets", "gain", "channels"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("cause", no_wrap=True)
     bad = sorted((s for s in sites if s["error"] > HARMLESS), key=lambda s: -s["error"])
@@ -52,6 +54,7 @@ def sites_table(sites: Sequence[Mapping[str, Any]]) -> str:
             s["kind"],
             number(s["max_abs"], ".2f"),
             number(s["error"], ".3f"),
+            DASH if s.get("harm") is None or not harm else f"{s['harm'] / harm:.1%}",
             _percent(s["flagged"]),
             _percent(s["triplets"]),
             _percent(s["gain"]),
@@ -59,7 +62,9 @@ def sites_table(sites: Sequence[Mapping[str, Any]]) -> str:
             s["verdict"],
         )
     rest = len(sites) - len(bad)
-    return (_text(table) if bad else "") + f"{rest} of {len(sites)} quantized sites need no repair at 4 bits.\n"
+    theirs = sum(s.get("harm") or 0.0 for s in sites if s["error"] <= HARMLESS)
+    what = f"; they do {theirs / harm:.0%} of the harm to the output" if harm and rest else ""
+    return (_text(table) if bad else "") + f"{rest} of {len(sites)} quantized sites need no repair at 4 bits{what}.\n"
 
 
 def write_plots(document: Mapping[str, Any], folder: Path, *, tau: float | None = None) -> list[Path]:
@@ -202,7 +207,8 @@ def _sites(sites: Sequence[Mapping[str, Any]]) -> Markup | None:
     )
     for i, s in enumerate(kept):
         facts = ", ".join(f"{c} {_percent(s[c])}" for c in ("flagged", "triplets", "gain", "single"))
-        title = f"{s['site']}: error {s['error']:.3f}, max {s['max_abs']:.2f} ({facts})"
+        harm = "" if s.get("harm") is None else f", harm {s['harm']:.2g} of the output's power"
+        title = f"{s['site']}: error {s['error']:.3f}, max {s['max_abs']:.2f}{harm} ({facts})"
         plot.add(svg.mark(plot.scale(s["error"]), plot.y(i), "dot", s["verdict"], title, r=4))
     harmless = plot.scale(HARMLESS)
     plot.add(svg.line(harmless, 2, harmless, 6 + len(kept) * plot.row, "threshold", f"harmless below {HARMLESS:g}"))

@@ -214,9 +214,18 @@ def output_error(
     """
     if reference is None:
         reference = float_outputs(model, batches(), output)
-    simulated, sums = simulate(model, plan).eval(), _Sums()
+    return simulated_error(simulate(model, plan).eval(), batches(), output, reference)
+
+
+def simulated_error(simulated: nn.Module, batches: Iterable[Batch], output: str, reference: Sequence[Tensor]) -> float:
+    """As `output_error`, of a simulation that is there already (in eval mode).
+
+    Raises:
+        ValueError: another number of batches than of references.
+    """
+    sums = _Sums()
     with torch.no_grad():
-        for batch, wanted in zip(batches(), reference, strict=True):
+        for batch, wanted in zip(batches, reference, strict=True):
             real = _real(batch, wanted)
             sums.add(wanted[real], forward(simulated, batch, output)[real])
     return sums.relative

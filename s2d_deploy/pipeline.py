@@ -50,6 +50,7 @@ from s2d_deploy.registry import load_exporter
 from s2d_deploy.s2d import S2DConfig
 from s2d_deploy.session import Array
 from s2d_deploy.simulation import simulate
+from s2d_deploy.site_harm import HARM_SAMPLES
 from s2d_deploy.store import RunFolder, Stage, read_json, write_json
 from s2d_deploy.train import train
 
@@ -205,6 +206,7 @@ class Pipeline:
             "tau": section.tau,
             "data": self.data.fingerprint,
             "batch_size": self.recipe.data.batch_size,
+            "harm_samples": HARM_SAMPLES,
         }
         return self._stage("diagnose", key, work)
 

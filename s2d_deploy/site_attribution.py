@@ -72,6 +72,8 @@ class SiteAttribution:
         verdict: the cause: "triplet", "gain", "neuron" (single channels), "none" (no outlier to repair, or no
             single cause), or "unknown" (the producer was not recognized; `note` says why).
         note: a sentence for "unknown" and for sites that no weight makes.
+        harm: relative error power of the model's output when this site alone is quantized at 4 bits (`site_harm`); None
+            where it was not measured.
     """
 
     site: str
@@ -87,6 +89,7 @@ class SiteAttribution:
     single: Without | None = None
     verdict: Verdict = "none"
     note: str = ""
+    harm: float | None = None
 
     @property
     def excess(self) -> float:
@@ -97,6 +100,11 @@ class SiteAttribution:
     def reach(self) -> float:
         """Share of the excess error that S2D, as it flags now, can take away."""
         return 0.0 if self.flagged is None else self.flagged.share
+
+    @property
+    def excess_share(self) -> float:
+        """Share of the error that is excess: what no cause can take away, the grid makes. 0 for a harmless site."""
+        return self.excess / self.error if self.error > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

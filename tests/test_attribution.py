@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from s2d_deploy.attribution import HARMLESS, NORMAL_BULK, NORMAL_ERROR, SiteAttribution, Without, attribute, forecast
+from s2d_deploy.calibrate import calibrate
 from s2d_deploy.diagnose import diagnose_model
 from s2d_deploy.discovery import discover
+from s2d_deploy.error_analysis import output_error, subset
 from s2d_deploy.errors import DataError
 from s2d_deploy.grid import Grid
 from s2d_deploy.observers import Histogram, activation_parameters
+from s2d_deploy.plan import Plan
+from s2d_deploy.quantize import build_plan
+from s2d_deploy.site_harm import first_samples, site_harm
 from s2d_deploy.spectral import top_triplets, weight_matrix
 
 sys.path.insert(0, str(Path(__file__).parent))
 import planted
 
+PLANTED = "encoder.layer.0.attention.self.value"
 FC1, FC2 = "layers.1.mlp.fc1", "layers.1.mlp.fc2"
 VALUE = "layers.1.attention.v_proj"
 
@@ -171,28 +178,195 @@ def test_bad_data() -> None:
         attribute(model, ops, batches, k_target={})
 
 
-def site(name: str, error: float, verdict: str, reach: float) -> SiteAttribution:
-    flagged = Without(0.5, 0.02, reach) if reach else None
-    return SiteAttribution(name, "norm", "m", ("l",), 3.0, error, flagged=flagged, verdict=verdict)  # type: ignore[arg-type]
+def site(
+    name: str, error: float, verdict: str, reach: float, harm: float | None = None, triplets: float = 0.0
+) -> SiteAttribution:
+    return SiteAttribution(
+        name,
+        "norm",
+        "m",
+        ("l",),
+        3.0,
+        error,
+        flagged=Without(0.5, 0.02, reach) if reach else None,
+        triplets=Without(0.5, 0.02, triplets) if triplets else None,
+        verdict=verdict,  # type: ignore[arg-type]
+        harm=harm,
+    )
 
 
 def test_forecasts() -> None:
-    fine = forecast([site("a", 0.02, "none", 0.0)], flagged=3)
+    fine = forecast([site("a", 0.02, "none", 0.0, 1.0)], flagged=3)
     assert fine.helps is False
     assert "no site needs it" in fine.sentence
-    reached = forecast([site("a", 0.2, "triplet", 0.9), site("b", 0.02, "none", 0)], flagged=1)
+    reached = forecast([site("a", 0.2, "triplet", 0.9, 0.3, 0.9), site("b", 0.02, "none", 0, 0.1)], flagged=1)
     assert reached.helps is True
-    assert reached.reach == pytest.approx(0.9)
-    elsewhere = forecast([site("a", 0.2, "neuron", 0.02), site("b", 0.1, "gain", 0)], flagged=5)
-    assert elsewhere.helps is False
-    assert "the 5 layer(s) that it flags make 1% of the error at the 2 sites" in elsewhere.sentence
-    assert "single channels or neurons 68%" in elsewhere.sentence
-    unset = forecast([site("a", 0.2, "triplet", 0)], flagged=0)
+    # Of the harm of "a", the part of its error that is excess, of which 0.9 go; "b" has no outlier.
+    assert reached.reach == pytest.approx(0.75 * 0.9 * (0.2 - NORMAL_ERROR) / 0.2)
+    assert reached.reach_by_error == pytest.approx(0.9)
+    assert reached.harm == pytest.approx(0.4)
+    assert sum(reached.shares.values()) == pytest.approx(1)
+    assert reached.shares["grid"] == pytest.approx(0.25 + 0.75 * NORMAL_ERROR / 0.2)
+    assert "make 64% of the harm that the sites do to the output (of the error at the 1 sites" in reached.sentence
+    assert "they make 90%" in reached.sentence
+    assert "rule of thumb that is so far proven on planted outliers only" in reached.sentence
+    unset = forecast([site("a", 0.2, "triplet", 0, 1.0, 0.5)], flagged=0)
     assert unset.helps is False
     assert "because it flags no layer" in unset.sentence
-    assert "a lower tau" in unset.sentence
-    assert forecast([site("a", 0.2, "unknown", 0)], flagged=1).helps is None
+    # The triplets' own share of it, not all of the site that they are the main cause of.
+    assert f"leading triplets do make {0.5 * (1 - NORMAL_ERROR / 0.2):.0%} of the harm" in unset.sentence
+    assert unset.shares["triplet"] == pytest.approx(unset.shares["none"])
+    little = forecast([site("a", 0.2, "triplet", 0, 1.0, 0.26)], flagged=0)
+    assert "a lower tau" not in little.sentence
+    assert forecast([site("a", 0.2, "unknown", 0, 1.0)], flagged=1).helps is None
+    assert forecast([site("a", 0.2, "unknown", 0, 0.1), site("b", 0.01, "none", 0, 0.9)], flagged=1).helps is False
     assert forecast([], flagged=0).helps is None
+
+
+def test_a_site_counts_by_its_harm() -> None:
+    """What was measured on a ViT: most of the error at sites that the output does not need."""
+    sites = [site("fc2", 0.9, "triplet", 0.6, 0.001, 0.6), site("query", 0.05, "none", 0.0, 0.04)]
+    found = forecast(sites, flagged=36)
+    assert found.reach_by_error > 0.5  # the old rule: "will help"
+    assert found.helps is False
+    assert "make 1% of the harm" in found.sentence
+    assert "they make 58%, but these sites do less harm than their error suggests" in found.sentence
+    near = forecast([site("a", 0.2, "neuron", 0.02, 0.1), site("b", 0.2, "gain", 0, 0.1)], flagged=5)
+    assert near.helps is False
+    assert "of the error" not in near.sentence  # the two numbers are alike, so one is enough
+    # Sites that were measured together count in the sum, and none of it is promised.
+    rest = forecast([site("a", 0.2, "triplet", 0.9, 0.1), site("b", 0.3, "triplet", 0.9)], flagged=1, unmeasured=0.9)
+    assert rest.helps is False
+    assert rest.shares["unmeasured"] == pytest.approx(0.9)
+    nothing = forecast([site("a", 0.2, "triplet", 0.9, 0.0)], flagged=1)
+    assert nothing.helps is False
+    assert "no site does harm" in nothing.sentence
+
+
+def test_without_harm_no_help_is_promised() -> None:
+    promised = forecast([site("a", 0.2, "triplet", 0.9)], flagged=1)
+    assert promised.helps is None
+    assert promised.harm is None
+    assert promised.reach_by_error == pytest.approx(0.9)
+    assert "what these sites do to the model's output was not measured" in promised.sentence
+    low = forecast([site("a", 0.2, "neuron", 0.02), site("b", 0.1, "gain", 0)], flagged=5)
+    assert low.helps is False
+    assert "the 5 layer(s) that it flags make at most 2% of the error at any site that needs repair" in low.sentence
+    # One site that is well reached might be the one that matters.
+    assert forecast([site("a", 5.0, "neuron", 0.0), site("b", 0.1, "triplet", 0.9)], flagged=1).helps is None
+
+
+def rare_token(influence: float = 1.0) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """A triplet of a value Linear that one rare token excites; the attention's output is scaled by `influence`."""
+    model = planted.bert()
+    with torch.no_grad():
+        model.get_submodule("embeddings.position_embeddings").weight.zero_()
+        model.get_submodule("encoder.layer.0.attention.output.dense").weight *= influence
+    ids = torch.randint(0, 12, (8, 10), generator=torch.Generator().manual_seed(0))
+    ids[0, 4] = 63
+    batches = [{"input_ids": ids[:4]}, {"input_ids": ids[4:]}]
+    layer = model.get_submodule(PLANTED)
+    assert isinstance(layer, nn.Linear)
+    tokens = torch.cat([planted.captured_input(model, PLANTED, b).reshape(-1, planted.WIDTH) for b in batches])
+    others = torch.cat([tokens[:4], tokens[5:]])
+    # A direction that the rare token alone has: its outputs are outliers, and one triplet makes them.
+    planted.rank_one(
+        layer, tokens[4] - others.T @ torch.linalg.lstsq(others.T, tokens[4:5].T, driver="gelsd")[0][:, 0], 40.0
+    )
+    return model, batches
+
+
+def test_will_help_is_said_where_planted_outliers_harm_the_output_and_not_where_the_output_ignores_them() -> None:
+    found = {}
+    for influence in (1.0, 1e-3):
+        model, batches = rare_token(influence)
+        found[influence] = diagnose_model(model, lambda b=batches: b, output="last_hidden_state", tau=0.9)  # type: ignore[misc]
+    harmful, ignored = found[1.0], found[1e-3]
+    for d in (harmful, ignored):  # the sites look the same, and the rule by error would promise help for both
+        planted_site = {s.site: s for s in d.sites}[PLANTED]
+        assert (planted_site.verdict, planted_site.reach > 0.9) == ("triplet", True)
+        assert planted_site.error > 0.5
+        assert d.forecast.reach_by_error > 0.4
+    assert harmful.forecast.helps is True
+    assert ignored.forecast.helps is False
+    assert ignored.forecast.reach < 0.01
+    assert "less harm than their error suggests" in ignored.forecast.sentence
+    harm = {s.site: s.harm for s in ignored.sites}
+    assert None not in harm.values()
+    assert harm[PLANTED] < 1e-3 * max(h for h in harm.values() if h is not None)  # type: ignore[operator]
+    # S2D's best: the triplet gone altogether. It repairs the output of the first model only.
+    for influence, gain in ((1.0, 1.3), (1e-3, 1.02)):
+        model, batches = rare_token(influence)
+        before, after = (at_4_bits(m, batches) for m in (model, without(model, PLANTED, 1)))
+        assert (before / after > gain) == (influence == 1.0), (influence, before, after)
+
+
+def at_4_bits(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    """Error of the output with all activations at 4 bits."""
+    ops = discover(model, batches[0], "last_hidden_state")
+    plan = build_plan(model, ops, calibrate(model, ops, batches), "w16a4")
+    return output_error(model, plan, lambda: batches, "last_hidden_state")
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_harm_equals_a_simulation_of_each_site_alone(kind: str) -> None:
+    model, batches = (planted.bert(), planted.texts(2)) if kind == "bert" else (planted.vit(), planted.images(2))
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    ops = discover(model, batches[0], "last_hidden_state")
+    lines: list[str] = []
+    found = site_harm(model, ops, batches, "last_hidden_state", samples=6, progress=lines.append)
+    few = [batches[0], {name: x[:2] for name, x in batches[1].items()}]
+    plan = build_plan(model, ops, calibrate(model, ops, few), "w4a4")
+    activations = [s for s in plan.sites.values() if s.role != "weight"]
+    assert list(found.sites) == [s.name for s in activations]
+    assert (found.samples, found.rest) == (6, 0.0)
+    assert lines[-1] == f"harm of each site {len(activations)}/{len(activations)}"
+    for s in activations[::3]:
+        alone = output_error(model, subset(plan, [s.op], [s.role]), lambda: few, "last_hidden_state")
+        assert found.sites[s.name] == pytest.approx(alone, rel=1e-5), s.name
+        assert alone > 0
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    # Above `most`, what is not asked for first is quantized together.
+    some = [activations[3].name, activations[1].name]
+    capped = site_harm(model, ops, batches, None, first=some, samples=6, most=2)
+    assert capped.sites == {name: found.sites[name] for name in found.sites if name in some}
+    others = Plan(plan.precision, plan.ops, {s.name: s for s in activations if s.name not in some})
+    assert capped.rest == pytest.approx(output_error(model, others, lambda: few, "last_hidden_state"), rel=1e-5)
+
+
+def test_harm_reads_no_more_than_it_needs() -> None:
+    read = []
+
+    def stream() -> Iterator[dict[str, Tensor]]:
+        for batch in planted.texts(3):
+            read.append(len(batch["input_ids"]))
+            yield batch
+
+    assert [len(b["input_ids"]) for b in first_samples(stream(), 6)] == [4, 2]
+    assert read == [4, 4]
+    model = planted.bert()
+    ops = discover(model, planted.texts(1)[0], "last_hidden_state")
+    with pytest.raises(DataError, match="the harm of the sites has no samples"):
+        site_harm(model, ops, [], "last_hidden_state")
+
+
+def test_harm_of_an_output_that_is_constant_or_has_no_power(caplog: pytest.LogCaptureFixture) -> None:
+    class Rounded(nn.Module):
+        """Its output is 0 in float, and moves when a site is quantized."""
+
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.a, self.factor = nn.Linear(4, 4), factor
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.a(x)
+            return self.factor * (out - nn.functional.linear(x, self.a.weight, self.a.bias))
+
+    batches = [{"x": torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(0))}]
+    for factor, expected in ((0.0, {"a.input": 0.0}), (1.0, {})):
+        model = Rounded(factor)
+        assert site_harm(model, discover(model, batches[0]), batches, None).sites == expected
+    assert "the output is zero or not finite" in caplog.text
 
 
 def test_a_whole_diagnosis_is_json_and_a_foreign_model_says_why_not() -> None:
@@ -201,6 +375,8 @@ def test_a_whole_diagnosis_is_json_and_a_foreign_model_says_why_not() -> None:
     document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert {"layers", "sites", "forecast"} == set(document)
     assert len(document["sites"]) == 20
+    assert all(0 < s["harm"] < 10 for s in document["sites"])
+    assert document["forecast"]["harm"] == pytest.approx(sum(s["harm"] for s in document["sites"]))
 
     class Twice(nn.Module):
         def __init__(self) -> None:

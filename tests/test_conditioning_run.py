@@ -412,6 +412,13 @@ SAME = change("w8a8", 0.001, -0.1, 0.1)
             "repair; it cost 2.50 (1.00 to 4.00) at W4A4; the float",
         ),
         (
+            [FLOAT, change("w4a4", -2.5, -4.0, -1.0)],
+            [layer()],
+            {**NO, "harm": 0.3, "reach_by_error": 0.33},
+            50,
+            "because the flagged layers make 2% of the harm that the sites do to the output at 4 bits; it cost",
+        ),
+        (
             [FLOAT, change("w4a4", 0.5, -1.0, 2.0)],
             [layer(after=7.9)],
             YES,

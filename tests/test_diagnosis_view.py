@@ -39,6 +39,12 @@ def test_the_table_lists_the_worst_site_first_and_counts_the_harmless() -> None:
     assert errors == sorted(errors, reverse=True)
     assert any("encoder.layer.1.output.dense.input" in row and "neuron" in row for row in rows)
     assert f"{20 - len(rows)} of 20 quantized sites need no repair" in text
+    total = sum(s["harm"] for s in document["sites"])  # type: ignore[attr-defined, index]
+    worst = max(document["sites"], key=lambda s: s["error"])  # type: ignore[call-overload, index]
+    assert rows[0].split("│")[5].strip() == f"{worst['harm'] / total:.1%}"
+    assert "of the harm to the output." in text
+    old = [{k: v for k, v in s.items() if k != "harm"} for s in document["sites"]]  # type: ignore[attr-defined]
+    assert "harm to" not in sites_table(old)  # a diagnosis that was stored before harm was measured
     assert sites_table([]) == "0 of 0 quantized sites need no repair at 4 bits.\n"
 
 
@@ -52,6 +58,7 @@ def test_plots_are_svg_files_that_stand_alone(tmp_path: Path) -> None:
         assert root.find("{http://www.w3.org/2000/svg}style") is not None
     assert "tau = 0.9" in files[1].read_text()
     assert "encoder.layer.1.output.dense.input: error" in files[2].read_text()
+    assert ", harm " in files[2].read_text()
     assert [f.name for f in write_plots({"layers": document["layers"]}, tmp_path)] == ["spectra.svg", "pcdr.svg"]
     (tmp_path / "file").write_text("")
     with pytest.raises(StageError, match="choose another --plots folder"):
