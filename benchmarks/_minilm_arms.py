@@ -19,6 +19,7 @@ from s2d_deploy.diagnose import diagnose
 from s2d_deploy.equalize import equalize
 from s2d_deploy.pcdr import Batch
 from s2d_deploy.s2d import S2DConfig
+from s2d_deploy.site_decay import SiteDecay
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +107,15 @@ def _trained(config: Callable[[argparse.Namespace], S2DConfig | None]) -> Apply:
 
 
 def _config(chosen: argparse.Namespace, **changes: Any) -> S2DConfig:
-    return S2DConfig(
-        tau=chosen.tau, k_max=chosen.k_max, refresh_every=chosen.refresh, decoupled_factor=chosen.factor, **changes
-    )
+    given = {"decoupled_factor": chosen.factor, **changes}
+    return S2DConfig(tau=chosen.tau, k_max=chosen.k_max, refresh_every=chosen.refresh, **given)
+
+
+def _centred(model: nn.Module, data: Data, chosen: argparse.Namespace, _: int) -> Facts:
+    """What `select: sites` does before its first step, and nothing else."""
+    decay = SiteDecay(model, _config(chosen, select="sites"))
+    decay.select(data.calibration)
+    return {"centred": decay.centred, "components": len(decay.components)}
 
 
 def _equalized(bypass: bool) -> Apply:
@@ -134,9 +141,10 @@ ARMS: dict[str, Arm] = {
     ),
     "s2d-sites": Arm(
         "distillation with S2D at the quantized sites: what makes their outliers, gains and neurons included",
-        _trained(lambda c: _config(c, select="sites")),
-        (*_PRESS, "factor"),
+        _trained(lambda c: _config(c, select="sites", decoupled_factor=c.sites_factor)),
+        (*_PRESS, "sites_factor"),
     ),
+    "centre": Arm("no training: the sites' channels are centred, which is exact in float", _centred),
     "insert": Arm("no training: elementwise layers even out the channels of the sites", _equalized(bypass=False)),
     "bypass": Arm("as insert, and up to 4 channels of a site in float", _equalized(bypass=True)),
 }

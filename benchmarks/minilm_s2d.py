@@ -309,6 +309,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     made.add_argument("--k-max", type=_common.positive, default=8, help="triplets of a layer that may be pressed")
     made.add_argument("--refresh", type=_common.positive, default=40, help="steps between refreshes")
     made.add_argument("--factor", type=float, default=125.0, help="of the decoupled decay, times the learning rate")
+    made.add_argument("--sites-factor", type=float, default=10.0, help="as --factor, of the arm s2d-sites")
     made.add_argument("--decay", type=float, default=5e-2, help="lambda of the coupled penalty")
     made.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
     made.add_argument("--methods", nargs="+", default=list(METHODS), choices=["mse", "absmax", "percentile"])
