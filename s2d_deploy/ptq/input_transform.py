@@ -117,6 +117,47 @@ class ChannelScale(nn.Module):
         return {"width": self.factor.numel()}
 
 
+class Kronecker(nn.Module):
+    """``x -> x (P1 (x) P2)`` with its outputs in transposed order: ``P2^T X^T P1`` of X, the row as ``(n1, n2)``.
+
+    Two small products (FlatQuant, Sun et al., arXiv 2410.09426, equation 3) in place of a full matrix: ``K (n1 + n2)``
+    multiply-accumulates a row, K = n1 n2, where a full one takes K^2. Both have their matrix on the right, which makes
+    each one large product for all rows at once; the order that this leaves channels in costs nothing, since the layer
+    behind takes it into its weight (`absorb`).
+
+    Args:
+        first: n1.
+        second: n2; both matrices are the identity until they are set.
+    """
+
+    kind = "kronecker"
+    p1: Tensor
+    p2: Tensor
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__()
+        self.register_buffer("p1", torch.eye(first))
+        self.register_buffer("p2", torch.eye(second))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., K)."""
+        return kronecker(x, self.p1, self.p2)
+
+    def absorb(self, weight: Tensor) -> Tensor:
+        """``W ((P1 (x) P2)^-1)^T`` in the same order, ``(N, K)``: what multiplies transformed rows; float64."""
+        return kronecker(weight.double(), *(torch.linalg.inv(p.double()).T for p in (self.p1, self.p2)))
+
+    def arguments(self) -> dict[str, Any]:
+        """What makes it again."""
+        return {"first": self.p1.shape[0], "second": self.p2.shape[0]}
+
+
+def kronecker(x: Tensor, p1: Tensor, p2: Tensor) -> Tensor:
+    """``P2^T X^T P1`` for each row X = (n1, n2) of `x`: (..., K) -> (..., K)."""
+    right = x.reshape(*x.shape[:-1], p1.shape[0], p2.shape[0]) @ p2
+    return (right.transpose(-1, -2) @ p1).reshape(x.shape)
+
+
 class Chain(nn.Module):
     """Several transforms, the first listed applied first: what `attach` makes of a second one.
 
@@ -159,6 +200,7 @@ KINDS: dict[str, type[nn.Module]] = {
     BlockHadamard.kind: BlockHadamard,
     Rotation.kind: Rotation,
     ChannelScale.kind: ChannelScale,
+    Kronecker.kind: Kronecker,
     Chain.kind: Chain,
 }
 

@@ -118,6 +118,7 @@ PASSES: dict[str, PassEntry] = {
     "rotation": PassEntry("s2d_deploy.ptq.rotation", "transform", "QuaRot (Ashkboos et al., arXiv 2404.00456)"),
     "smoothquant": PassEntry("s2d_deploy.ptq.smoothquant", "transform", "SmoothQuant (Xiao et al., arXiv 2211.10438)"),
     "awq": PassEntry("s2d_deploy.ptq.awq", "transform", "AWQ, scaling (Lin et al., arXiv 2306.00978)"),
+    "flatquant": PassEntry("s2d_deploy.ptq.flatquant", "transform", "FlatQuant (Sun et al., arXiv 2410.09426)"),
     "repq": PassEntry("s2d_deploy.ptq.repq", "transform", "RepQ-ViT, Li et al., arXiv 2212.08254"),
     "ranges": PassEntry("s2d_deploy.ptq.ranges", "ranges", "Range setting and round to nearest"),
     "ptq4vit": PassEntry("s2d_deploy.ptq.ptq4vit", "ranges", "PTQ4ViT (Yuan et al., arXiv 2111.12293)"),
