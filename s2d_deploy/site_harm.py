@@ -7,7 +7,7 @@ simulation is made, all its quantizers are switched off, and each is switched on
 
 Cost: for S sites and n samples S + 2 forward passes over n samples, so a site costs as much as n more samples in the
 diagnosis without its statistics. Both are capped: few samples are enough for sums over many sites, and above `most`
-sites those that S2D cannot change are quantized together. Memory: a copy of the model, a histogram for each site, the
+sites the remaining ones are quantized together. Memory: a copy of the model, a histogram for each site, the
 samples and their outputs.
 
 What is lost: samples that were not looked at (an outlier in one of a hundred is not among eight), errors of sites that
