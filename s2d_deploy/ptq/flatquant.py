@@ -309,7 +309,7 @@ class _Problem:
                 )
 
     def trained(self, start: Transform) -> Transform:
-        """`start` after the training steps."""
+        """`start` after training: as it was when the error on all rows, looked at as often as ranges, was least."""
         generator = torch.Generator().manual_seed(self.seed)
         first, second = _Matrix(start.p1), _Matrix(start.p2)
         log_scale = torch.zeros_like(start.scale, requires_grad=True)
@@ -318,23 +318,34 @@ class _Problem:
         steps = self.options.iterations
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
         ranges = _Ranges(self.input, self.sites, self.config)
-        with torch.enable_grad():
-            for step in range(steps):
+        everything = torch.arange(self.x.shape[0])
+        best, least = start, math.inf
+        for step in range(steps + 1):
+            with torch.enable_grad():
                 (p1, q1), (p2, q2) = first.both(), second.both()
                 scale = (start.scale * log_scale.exp()).float()
                 rows = kronecker(self.x * scale, p1.float(), p2.float())
                 weights = [kronecker(w / scale, q1.T.float(), q2.T.float()) for w in self.weights]
-                if step % _EVERY == 0:
-                    ranges.find(rows.detach(), [w.detach() for w in weights])
-                chosen = torch.randperm(rows.shape[0], generator=generator)[: self.options.batch]
-                left, right = ranges.rows(rows, chosen), torch.cat(ranges.weights(weights))
-                loss = ((left @ right.T - self.wanted[chosen]) / self.size[chosen]).square().mean()
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-        with torch.no_grad():
-            return Transform(start.scale * log_scale.exp(), first.both()[0], second.both()[0])
+            if step % _EVERY == 0 or step == steps:
+                with torch.no_grad():
+                    ranges.find(rows, weights)
+                    error = self._loss(ranges, rows, weights, everything)
+                    if float(error) < least:
+                        best, least = Transform(start.scale * log_scale.exp(), p1.detach(), p2.detach()), float(error)
+            if step == steps:
+                break
+            chosen = torch.randperm(rows.shape[0], generator=generator)[: self.options.batch]
+            with torch.enable_grad():
+                loss = self._loss(ranges, rows, weights, chosen)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+        return best
+
+    def _loss(self, ranges: _Ranges, rows: Tensor, weights: Sequence[Tensor], chosen: Tensor) -> Tensor:
+        left, right = ranges.rows(rows, chosen), torch.cat(ranges.weights(weights))
+        return ((left @ right.T - self.wanted[chosen]) / self.size[chosen]).square().mean()
 
 
 class _Matrix:
