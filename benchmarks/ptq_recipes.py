@@ -56,6 +56,9 @@ RECIPES: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "rotated-gptq": ([{"rotation": {"online": True}}, "gptq"], {}),
     "rotated-erq": ([{"rotation": {"online": True}}, "erq"], {}),
     "rotated-erq-token": ([{"rotation": {"online": True}}, "erq"], TOKEN),
+    "rotated-gptq-token": ([{"rotation": {"online": True}}, "gptq"], TOKEN),
+    "smooth-rotated-token": ([{"smoothquant": {"insert": True}}, {"rotation": {"online": True}}], TOKEN),
+    "smooth-rotated-gptq-token": ([{"smoothquant": {"insert": True}}, {"rotation": {"online": True}}, "gptq"], TOKEN),
     "flatquant-gptq": (["flatquant", "gptq"], {}),
     "flatquant-gptq-token": (["flatquant", "gptq"], TOKEN),
 }

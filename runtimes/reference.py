@@ -22,7 +22,7 @@ import onnx
 from onnx.helper import tensor_dtype_to_np_dtype
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from scipy.special import erf  # type: ignore[import-untyped]
+from scipy.special import erf
 
 from s2d_deploy import __version__
 from s2d_deploy.errors import ArtifactError, DataError, RecipeError, UnsupportedError, message

@@ -81,7 +81,7 @@ def mcnemar(lost: int, gained: int) -> float:
     McNemar 1947, "Note on the sampling error of the difference between correlated proportions"; the
     exact form conditions on the number of discordant samples.
     """
-    from scipy.stats import binom  # type: ignore[import-untyped]
+    from scipy.stats import binom
 
     return float(binom.sf(lost - 1, lost + gained, 0.5)) if lost + gained else 1.0
 
@@ -93,7 +93,7 @@ def tango_interval(lost: int, gained: int, n: int) -> tuple[float, float]:
     paired-sample design", Statistics in Medicine 17, equations 25-27. Unlike Wald's it has a width where
     nothing is discordant, and keeps its coverage for small n.
     """
-    from scipy.optimize import brentq  # type: ignore[import-untyped]
+    from scipy.optimize import brentq
 
     def score(delta: float) -> float:
         # q: maximum likelihood estimate of P(only the second is right), given the difference delta.

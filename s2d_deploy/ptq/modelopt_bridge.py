@@ -87,7 +87,7 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     made = Plan(plan.precision, dict(plan.ops), {}, dict(plan.info))
     left_out = []
     for name, op in layers.items():
-        theirs = calibrated.get_submodule(name)
+        theirs: Any = calibrated.get_submodule(name)
         ours = quantized.model.get_submodule(name)
         weight = getattr(theirs, "weight_quantizer", None)
         if weight is None or not weight.is_enabled or (op.kind == "conv" and wanted == "w4a16"):
