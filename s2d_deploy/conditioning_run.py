@@ -25,6 +25,7 @@ from s2d_deploy.console import Step
 from s2d_deploy.data import Dataset
 from s2d_deploy.errors import DataError, message
 from s2d_deploy.evaluate import score
+from s2d_deploy.inserted_layers import INSERTED_FILE
 from s2d_deploy.models import LoadedModel
 from s2d_deploy.paired import paired_drop
 from s2d_deploy.pipeline import Pipeline, weights_sha256
@@ -44,6 +45,7 @@ SUBJECTS = {
     "weight-decay": "Weight decay",
     "muon": "Muon without S2D",
     "none": "Doing nothing",
+    "one-shot": "One-shot conditioning",
 }
 
 
@@ -150,6 +152,7 @@ def condition_and_judge(pipeline: Pipeline) -> dict[str, Any]:
     return {
         **read_json(stage.folder / "outcome.json"),
         "checkpoint": str(conditioned.folder),
+        "inserted": (conditioned.folder / INSERTED_FILE).is_file(),
         "results": str(stage.folder),
         "diagnoses": [str(s.folder / "diagnosis.json") for s in (first, last)],
         "plots": [str(path) for path in sorted((stage.folder / "plots").rglob("*.svg"))],
@@ -239,7 +242,8 @@ def verdict(
     if gained:
         said = f"{subject} bought {_listed(gained)}"
     else:
-        said = f"{subject} bought nothing here{_reason(flagged, forecast, judged)}"
+        trained = subject != SUBJECTS["one-shot"]
+        said = f"{subject} bought nothing here{_reason(flagged, forecast, judged, trained=trained)}"
     said += f"; it cost {_listed(lost, -1)}" if lost else ""
     said += f"; no difference shows at {_joined([f'{c.precision.upper()}: {_shown(c)}' for c in same])}" if same else ""
     return f"{said}{price} ({unit}; in brackets 95 % intervals, paired, {held_out} held-out samples)."
@@ -280,7 +284,9 @@ def _measures(changes: Sequence[Change]) -> int:
 
 def _layers(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Layers flagged before or after; where none is, the three that came nearest."""
-    later = {layer["name"]: layer for layer in after["layers"]}
+    # A one-shot variant may have put something around a layer; the layer itself is then called `<name>.linear`.
+    later = {layer["name"].removesuffix(".linear"): layer for layer in after["layers"]}
+    later |= {layer["name"]: layer for layer in after["layers"]}
     pairs = [(layer, later[layer["name"]]) for layer in before["layers"] if layer["name"] in later]
     kept = [pair for pair in pairs if pair[0]["flagged"] or pair[1]["flagged"]]
     kept = kept or sorted(pairs, key=lambda pair: -max(pair[0]["pcdr"]))[:3]
@@ -310,8 +316,11 @@ def _subject(method: str, objective: str, qat: str | None) -> str:
     return name
 
 
-def _reason(flagged: Sequence[Mapping[str, Any]], forecast: Mapping[str, Any], judged: Sequence[Change]) -> str:
+def _reason(
+    flagged: Sequence[Mapping[str, Any]], forecast: Mapping[str, Any], judged: Sequence[Change], *, trained: bool = True
+) -> str:
     """Why nothing was bought, as far as it was measured."""
+    advice = "; give more --steps" if trained else ""
     reasons = [] if flagged else ["no layer is flagged"]
     if flagged:
         most = min(flagged, key=lambda d: d["after"]["sigma_max"] / d["before"]["sigma_max"])
@@ -319,7 +328,7 @@ def _reason(flagged: Sequence[Mapping[str, Any]], forecast: Mapping[str, Any], j
         if 1 - low / high < HARDLY:
             reasons.append(
                 f"the flagged layers were {'hardly' if low <= high else 'not'} pressed (largest singular value of "
-                f"{most['name']}: {high:.2f} -> {low:.2f}{'; give more --steps' if low <= high else ''})"
+                f"{most['name']}: {high:.2f} -> {low:.2f}{advice if low <= high else ''})"
             )
     although = ""
     if any(parse_precision(c.precision).activations == 4 for c in judged):

@@ -55,8 +55,11 @@ def points(value: float) -> str:
 
 def where(document: Mapping[str, Any]) -> str:
     """Where the checkpoint and the results lie."""
+    how = "transformers: from_pretrained"
+    if document.get("inserted"):
+        how += "; that is the same float function without the inserted layers, which s2d-deploy puts back"
     return (
-        f"Checkpoint: {document['checkpoint']} (transformers: from_pretrained)\n"
+        f"Checkpoint: {document['checkpoint']} ({how})\n"
         f"Diagnoses:  {', '.join(document['diagnoses'])}\n"
         f"Plots:      {document['results']}/plots\n"
         f"Statement:  {document['results']}/statement.txt, outcome.json"

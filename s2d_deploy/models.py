@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -353,8 +353,17 @@ def _from_pretrained(source: str, task: str) -> nn.Module:
             )
         )
     if missing:
-        logger.warning("%s: no weights for %s; they are random, and unused", source, ", ".join(missing))
+        logger.info("%s: no weights for %s; left out, since no output here depends on them", source, ", ".join(missing))
+        _drop_poolers(module, missing)
     return module  # type: ignore[no-any-return]
+
+
+def _drop_poolers(module: nn.Module, missing: Iterable[str]) -> None:
+    """Poolers that the checkpoint has no weights for: random ones must not get into the next checkpoint."""
+    for name in missing:
+        parts = name.split(".")
+        owner = module.get_submodule(".".join(parts[: parts.index("pooler")]))
+        setattr(owner, "pooler", None)  # noqa: B010 - a submodule by its name
 
 
 def _auto_class(config: Any, task: str) -> Any:

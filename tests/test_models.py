@@ -273,12 +273,16 @@ def test_a_checkpoint_without_a_head_is_not_filled_with_random_numbers(tmp_path:
     assert "Expected: a checkpoint for the task image-classification." in text
 
 
-def test_a_missing_pooler_is_said_and_accepted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("WARNING", logger="s2d_deploy.models"):
+def test_a_missing_pooler_is_left_out_and_not_made_up(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="s2d_deploy.models"):
         model = load_model(section(pretrained=str(folder), task="embedding"))
-    assert "pooler.dense.weight" in caplog.text
-    assert "they are random, and unused" in caplog.text
+    assert "no weights for pooler.dense.bias, pooler.dense.weight" in caplog.text
     assert model.output == "last_hidden_state"
+    assert not [name for name in model.module.state_dict() if "pooler" in name]
+    save_checkpoint(model.module, tmp_path / "again")
+    assert not [name for name in load_file(tmp_path / "again" / "model.safetensors") if "pooler" in name]
 
 
 def test_weights_of_another_size_are_refused(folder: Path) -> None:
