@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,24 @@ from s2d_deploy.errors import ModelError, message
 from s2d_deploy.plan import Op
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def recorded_by_autograd(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and gradients for frozen parameters too, so that the graph is whole; both are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    model.eval()
+    try:
+        for p in frozen:
+            p.requires_grad_(p.is_floating_point())
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def discover(model: nn.Module, batch: Mapping[str, Tensor], output: str | None = None) -> dict[str, Op]:
@@ -82,18 +101,11 @@ def discover(model: nn.Module, batch: Mapping[str, Tensor], output: str | None =
         witnesses[f"{name}.{kind}"] = x
 
     handles = [m.register_forward_hook(on_layer) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    training, frozen = model.training, [p for p in model.parameters() if not p.requires_grad]
-    model.eval()
     try:
-        for p in frozen:
-            p.requires_grad_(p.is_floating_point())
-        with torch.enable_grad(), watching(on_operand):
+        with recorded_by_autograd(model), watching(on_operand):
             result = model(**batch)
         unused = _unused(result, output, witnesses)
     finally:
-        model.train(training)
-        for p in frozen:
-            p.requires_grad_(False)
         for handle in handles:
             handle.remove()
     if not ops:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from s2d_deploy.attention import use_visible_attention, watching
+from s2d_deploy.discovery import recorded_by_autograd
 from s2d_deploy.plan import Op
 from s2d_deploy.spectral import LAYER_TYPES
 
@@ -174,19 +175,10 @@ def _record(model: nn.Module, wanted: set[str], batch: Mapping[str, Tensor]) -> 
         kind = module_kind(module)
         if kind is not None:
             handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after(kind))]
-    modes = [(module, module.training) for module in model.modules()]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    model.eval()
     try:
-        for p in frozen:
-            p.requires_grad_(p.is_floating_point())
-        with torch.enable_grad(), watching(on_operand):
+        with recorded_by_autograd(model), watching(on_operand):
             result = model(**batch)
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for p in frozen:
-            p.requires_grad_(False)
         for handle in handles:
             handle.remove()
     return graph, sites, result

@@ -29,10 +29,9 @@ from s2d_deploy.ptq.folding import Unchanged, first_sample, reader_groups
 from s2d_deploy.ptq.passes import Context, Quantized
 from s2d_deploy.ptq.smoothquant import (
     Scaled,
-    fold,
-    insert_scale,
     may_scale,
     nothing_scaled,
+    place,
     quantized_rows,
     quantized_weight,
 )
@@ -77,17 +76,7 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
             done.unchanged.append(title)
             continue
         factor = (1 / awq_scales(rows[group.names[0]], alpha)).float()
-        if group.maker and unchanged.after(
-            [model.get_submodule(name) for name in (group.maker, *group.names)],
-            lambda group=group, factor=factor: fold(model, group, factor),  # type: ignore[misc]
-        ):
-            done.folded[title] = alpha
-        elif options.insert:
-            insert_scale(model, group, factor)
-            unchanged.check(f"a scale in front of {title}")
-            done.inserted[title] = alpha
-        else:
-            done.left_out[title] = f"the model reads the output of {group.maker} elsewhere"
+        place(model, group, factor, alpha, options.insert, unchanged, done)
     for title, reason in done.left_out.items():
         logger.info("awq leaves out %s: %s", title, reason)
     plan.info["awq"] = asdict(done)

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from s2d_deploy.attention import use_visible_attention
+from s2d_deploy.discovery import recorded_by_autograd
 from s2d_deploy.producers import ADDS, MOVES, operation_name, parents_of
 
 
@@ -95,19 +95,10 @@ def _trace(model: nn.Module, sample: Mapping[str, Tensor]) -> _Trace:
             handles.append(module.register_forward_pre_hook(before))
         if isinstance(module, nn.LayerNorm | nn.Linear | nn.Conv2d | nn.Embedding):
             handles.append(module.register_forward_hook(after))
-    modes = [(module, module.training) for module in model.modules()]
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    model.eval()
     try:
-        for p in frozen:
-            p.requires_grad_(p.is_floating_point())
-        with torch.enable_grad():
+        with recorded_by_autograd(model):
             result = model(**sample)
     finally:
-        for module, mode in modes:
-            module.training = mode
-        for p in frozen:
-            p.requires_grad_(False)
         for handle in handles:
             handle.remove()
     values = [result] if isinstance(result, Tensor) else list(result.values() if hasattr(result, "values") else result)

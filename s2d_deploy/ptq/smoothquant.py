@@ -102,17 +102,7 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
             done.unchanged.append(title)
             continue
         factor = 1 / smoothing_factors(peak, weight, alpha)
-        if group.maker and unchanged.after(
-            [model.get_submodule(name) for name in (group.maker, *group.names)],
-            lambda group=group, factor=factor: fold(model, group, factor),  # type: ignore[misc]
-        ):
-            done.folded[title] = alpha
-        elif options.insert:
-            insert_scale(model, group, factor)
-            unchanged.check(f"a scale in front of {title}")
-            done.inserted[title] = alpha
-        else:
-            done.left_out[title] = f"the model reads the output of {group.maker} elsewhere"
+        place(model, group, factor, alpha, options.insert, unchanged, done)
     if not done.folded and not done.inserted and not done.unchanged:
         raise nothing_scaled("smoothquant", done)
     for title, reason in done.left_out.items():
@@ -124,6 +114,23 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
         "left_out": done.left_out,
     }
     return Quantized(model, plan)
+
+
+def place(
+    model: nn.Module, group: Group, factor: Tensor, alpha: float, insert: bool, unchanged: Unchanged, done: Scaled
+) -> None:
+    """Put `factor` in front of the group: into its maker where the model stays the same, else as a product."""
+    title = ", ".join(group.names)
+    if group.maker and unchanged.after(
+        [model.get_submodule(name) for name in (group.maker, *group.names)], lambda: fold(model, group, factor)
+    ):
+        done.folded[title] = alpha
+    elif insert:
+        insert_scale(model, group, factor)
+        unchanged.check(f"a scale in front of {title}")
+        done.inserted[title] = alpha
+    else:
+        done.left_out[title] = f"the model reads the output of {group.maker} elsewhere"
 
 
 def may_scale(model: nn.Module, group: Group, insert: bool, done: Scaled) -> bool:
@@ -184,20 +191,21 @@ class _Chooser:
     def alpha(self, group: Group, peaks: Tensor, weight: Tensor) -> float | None:
         rows = self.rows[group.names[0]]
         one = torch.ones(rows.shape[1], dtype=torch.float64)
-        best, least = None, self._error(group, rows, one)
+        plain = self._error(group, rows, one)
+        best, least = None, sum(plain)
         for alpha in ALPHAS:
             error = self._error(group, rows, smoothing_factors(peaks, weight, alpha))
-            if error < least:
-                best, least = alpha, error
+            if sum(error) < least and error[0] <= plain[0] and error[1] <= plain[1]:
+                best, least = alpha, sum(error)
         return best
 
-    def _error(self, group: Group, rows: Tensor, factors: Tensor) -> float:
-        """Sum over the group's layers of the squared output error: relative to each token's power, plus to all power.
+    def _error(self, group: Group, rows: Tensor, factors: Tensor) -> tuple[float, float]:
+        """The layers' squared output error, relative to each token's power in the mean, and relative to all power.
 
         The total alone sees only the few tokens with large outputs (and chose worse than no smoothing at all on a
-        real post-LN model), the mean over tokens forgets them.
+        real post-LN model), the mean over tokens forgets them: neither may grow.
         """
-        total = 0.0
+        by_token = total = 0.0
         moved = (rows.double() / factors).float()
         for name in group.names:
             weight = _linear(self.model, name).weight.detach()
@@ -207,8 +215,9 @@ class _Chooser:
             error = (left @ right.T - wanted).square().sum(1)
             power = (wanted - wanted.mean(0)).square().sum(1)  # what all tokens share carries nothing
             each = power.clamp_min(0.1 * float(power.median()) + 1e-30)
-            total += float((error / each).mean() + error.sum() / (power.sum() + 1e-30))
-        return total
+            by_token += float((error / each).mean())
+            total += float(error.sum() / (power.sum() + 1e-30))
+        return by_token, total
 
 
 def quantized_rows(x: Tensor, site: Site | None, config: QuantizeConfig) -> Tensor:
