@@ -11,9 +11,10 @@ class Change:
 
     Attributes:
         where: the layers.
-        what: "shrunk", "refitted", "folded", "inserted", or "neurons".
+        what: "shrunk", "refitted", "centred", "folded", "inserted", or "neurons".
         before: what the change acts on, before: the relative error of the quantized Linear for an
-            equalization, s_max for a shrinking, the relative output error that a refit found.
+            equalization, s_max for a shrinking, the relative output error that a refit found, the largest magnitude
+            at a site that was centred.
         after: and after.
         detail: a sentence.
     """
