@@ -175,7 +175,8 @@ def figures_of(a: argparse.Namespace, found: Mapping[str, Mapping[str, Any]]) ->
     limits = {"w4a4": 5.0} if a.task == "embedding" else {"w4a4": 1.0, "w8a8": 0.1}
     for precision, limit in limits.items():
         best: tuple[float, str] | None = None
-        for name, models in found.items():
+        # A mixed assignment has the bits of its budget, whatever the column says.
+        for name, models in ((n, m) for n, m in found.items() if not n.startswith("mixed")):
             for model, result in models.items():
                 value = result["precisions"].get(precision, {}).get("value")
                 if value is not None:
@@ -235,7 +236,10 @@ def _sources() -> str:
 def _command(a: argparse.Namespace) -> list[str]:
     """As typed, without the paths of one machine."""
     command = ["python", "benchmarks/ptq_recipes.py", "--model", "MODEL", "--data", "DATA", "--task", a.task]
-    return command + (["--conditioned", "CONDITIONED"] if a.conditioned is not None else []) + ["--name", a.name]
+    command += ["--conditioned", "CONDITIONED"] if a.conditioned is not None else []
+    settings = [("calibration", a.calibration), ("held-out", a.held_out), ("batch", a.batch), ("name", a.name)]
+    command += [str(word) for name, value in settings for word in (f"--{name}", value)]
+    return [*command, "--recipes", *a.recipes]
 
 
 def _line(result: Mapping[str, Any]) -> str:
