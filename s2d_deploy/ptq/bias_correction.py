@@ -5,9 +5,11 @@ the simulated layer over the calibration data is compared with that of the float
 difference. Layers are served in execution order, so a correction sees the earlier ones. A layer is linear, so the means
 of its input rows are all that is read.
 
-After the pass every served layer's mean output over the calibration data is the float model's. What is not guaranteed:
-that the error around the mean, which is most of it at four bits, gets smaller in the layers behind. A layer without a
-bias is left out, and that is said: what a pass may change are the tensors that a model has.
+The mean is weighed (`relative`): in a post-LN encoder a few tokens have outputs a hundred times the others', a clipped
+range cuts them, and the plain mean of the paper puts their error into the bias of every token. With ``relative: false``
+every served layer's plain mean output over the calibration data is afterwards the float model's. What is not
+guaranteed: that the error around the mean, which is most of it at four bits, gets smaller in the layers behind. A layer
+without a bias is left out, and that is said: what a pass may change are the tensors that a model has.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from s2d_deploy.ptq import passes
@@ -23,10 +26,14 @@ from s2d_deploy.ptq.reconstruction import Reconstruction
 
 
 class Options(passes.Options):
-    """None: the correction is exact for the calibration data."""
+    """Which mean."""
+
+    relative: bool = Field(
+        True, description="weigh each token by one over its output's power; false is the paper's plain mean"
+    )
 
 
-def apply(quantized: Quantized, context: Context, options: Options) -> Quantized:  # noqa: ARG001 - the passes' signature
+def apply(quantized: Quantized, context: Context, options: Options) -> Quantized:
     """Correct the bias of every layer that has a quantized weight and a bias.
 
     Raises:
@@ -44,7 +51,7 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
         if not biased:
             continue
         context.progress(f"bias_correction: {', '.join(biased)}")
-        quantized_mean, float_mean = work.means(group)
+        quantized_mean, float_mean = work.means(group, relative=options.relative)
         for name in biased:
             # Whatever order the group's layers come in: they do not feed each other.
             wanted = _mean_output(work.reference.get_submodule(name), float_mean)

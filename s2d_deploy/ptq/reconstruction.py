@@ -138,13 +138,27 @@ class Reconstruction:
         """Moments of the group's rows over the calibration data; arguments as of `rows`."""
         return _moments(self.rows(group, beside, relative=relative))
 
-    def means(self, group: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Means of the group's rows and of the float model's, float64 ``(K,)`` each."""
-        count, sums = 0, [torch.zeros(1, dtype=torch.float64)] * 2
-        for pair in self.rows(group, "float"):
-            count += pair[0].shape[0]
-            sums = [total + cast(Tensor, rows).double().sum(0) for total, rows in zip(sums, pair, strict=True)]
-        return sums[0] / max(count, 1), sums[1] / max(count, 1)
+    def means(self, group: Sequence[str], *, relative: bool = False) -> tuple[Tensor, Tensor]:
+        """Means of the group's rows and of the float model's, float64 ``(K,)`` each.
+
+        Args:
+            group: of `groups`.
+            relative: weigh each row by one over the power of its float outputs: the mean of an error is what minimizes
+                its squares, and this is what minimizes the squares of relative errors.
+        """
+        layer = group[0]
+        weights = [cast(Tensor, self.reference.get_submodule(n).weight).detach().flatten(1) for n in group]
+        weight_sum, sums = 0.0, [torch.zeros(1, dtype=torch.float64)] * 2
+        for q, x in self.rows(group, "float"):
+            real = cast(Tensor, x)
+            each = torch.ones(q.shape[0], 1, dtype=torch.float64)
+            if relative:
+                each = _output_size(real, weights).double().pow(-2)
+            weight_sum += float(each.sum())
+            sums = [total + (rows.double() * each).sum(0) for total, rows in zip(sums, (q, real), strict=True)]
+        if not weight_sum > 0:
+            raise DataError(message(f"layer {layer!r} saw no rows to average", expected="a token that is not zero"))
+        return sums[0] / weight_sum, sums[1] / weight_sum
 
     def sampled(
         self, group: Sequence[str], rows: int, beside: Beside, *, relative: bool = False

@@ -10,6 +10,7 @@ import torch
 
 from s2d_deploy.errors import ModelError
 from s2d_deploy.ptq.passes import Context
+from s2d_deploy.ptq.reconstruction import Reconstruction
 from s2d_deploy.simulation import simulate
 
 
@@ -43,7 +44,7 @@ def mean_outputs(model: torch.nn.Module, names: list[str], context: Context) -> 
 )
 def test_mean_outputs_are_the_float_models(kind: str, precision: str, steps: list):
     config = {"block_size": 8, "skip": ("head",)} if kind == "conv" else {"block_size": 8}
-    found, context, model = tiny.run(kind, precision, [*steps, "bias_correction"], **config)
+    found, context, model = tiny.run(kind, precision, [*steps, {"bias_correction": {"relative": False}}], **config)
     before, _, _ = tiny.run(kind, precision, steps, **config)
     names = [s.op for s in found.plan.sites.values() if s.role == "weight"]
     wanted = mean_outputs(model, names, context)
@@ -58,6 +59,20 @@ def test_mean_outputs_are_the_float_models(kind: str, precision: str, steps: lis
     for name, tensor in before.model.state_dict().items():
         moved = not torch.equal(tensor, found.model.state_dict()[name])
         assert moved == (name.endswith(".bias") and name.removesuffix(".bias") in names), name
+
+
+def test_one_huge_token_does_not_rule_the_weighed_mean():
+    quantized, context, _ = tiny.run("bert", "w4a4", [])
+    work = Reconstruction(quantized, context, "bias_correction", rounds=False)
+    group = next(g for g in work.groups if g[0].endswith("layer.0.output.dense"))
+    pairs = list(work.rows(group, "float"))
+    q, x = torch.cat([p[0] for p in pairs]).double(), torch.cat([p[1] for p in pairs]).double()
+    weight = work.reference.get_submodule(group[0]).weight.detach().double()
+    each = [1 / float((weight @ row).square().mean()) for row in x]
+    for found, rows in zip(work.means(group, relative=True), (q, x), strict=True):
+        wanted = sum(w * row for w, row in zip(each, rows, strict=True)) / sum(each)
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(work.means(group)[1], work.means(group, relative=True)[1], rtol=1e-3)
 
 
 def test_a_layer_without_bias_is_left_out_and_said(caplog: pytest.LogCaptureFixture):
