@@ -27,7 +27,7 @@ from s2d_deploy.models import load_model
 from s2d_deploy.one_shot import one_shot
 from s2d_deploy.recipe import ModelSection
 
-VARIANTS = ("bypass", "shrink", "insert", "neurons", "fold", "shrink-next")
+VARIANTS = ("bypass", "shrink", "insert", "neurons", "fold", "shrink-next", "centre", "centre+bypass")
 OUTPUT = "last_hidden_state"
 
 

@@ -39,6 +39,8 @@ MIN_JUDGED = 10
 RUINED = 5.0
 # A largest singular value that shrank by less has hardly been pressed.
 HARDLY = 0.1
+# What to do when a one-shot variant ruins the float model: it has no rate to lower.
+_MILDER = "raise condition.shrink_factor, or leave out shrink and neurons, which alone change the float function"
 SUBJECTS = {
     "s2d": "S2D",
     "control": "Training without S2D",
@@ -218,7 +220,11 @@ def verdict(
     floats = [c for c in primary if c.precision == BASELINE]
     judged = [c for c in primary if c.precision != BASELINE]
     flagged = [layer for layer in layers if layer["flagged_before"]]
-    if not flagged and all(c.change == c.lo == c.hi == 0 for c in primary):
+    trained = subject != SUBJECTS["one-shot"]
+    unchanged = all(c.change == c.lo == c.hi == 0 for c in primary)
+    if unchanged and not trained:
+        return f"{subject} bought nothing here: every output is as it was. The findings say what it changed."
+    if unchanged and not flagged:
         best = max(layers, key=lambda layer: max(layer["before"]["pcdr"]))
         return (
             f"{subject} bought nothing here, because no layer is flagged: the largest PCDR is "
@@ -228,7 +234,7 @@ def verdict(
     unit = f"points of {changes[0].measure.removesuffix(' %')}"
     price = f"; the float model changed by {_shown(floats[0])}" if floats else ""
     if floats and floats[0].hi < -RUINED:
-        price += ", too much: lower condition.learning_rate or condition.decoupled_factor"
+        price += f", too much: {'lower condition.learning_rate or condition.decoupled_factor' if trained else _MILDER}"
     if held_out < MIN_JUDGED:
         seen = _listed(judged) or "no precision"
         return (
@@ -242,8 +248,8 @@ def verdict(
     if gained:
         said = f"{subject} bought {_listed(gained)}"
     else:
-        trained = subject != SUBJECTS["one-shot"]
-        said = f"{subject} bought nothing here{_reason(flagged, forecast, judged, trained=trained)}"
+        # Flagged layers, steps and the forecast are S2D's; the findings of one-shot say why it was not enough.
+        said = f"{subject} bought nothing here{_reason(flagged, forecast, judged) if trained else ''}"
     said += f"; it cost {_listed(lost, -1)}" if lost else ""
     said += f"; no difference shows at {_joined([f'{c.precision.upper()}: {_shown(c)}' for c in same])}" if same else ""
     return f"{said}{price} ({unit}; in brackets 95 % intervals, paired, {held_out} held-out samples)."
@@ -316,11 +322,8 @@ def _subject(method: str, objective: str, qat: str | None) -> str:
     return name
 
 
-def _reason(
-    flagged: Sequence[Mapping[str, Any]], forecast: Mapping[str, Any], judged: Sequence[Change], *, trained: bool = True
-) -> str:
+def _reason(flagged: Sequence[Mapping[str, Any]], forecast: Mapping[str, Any], judged: Sequence[Change]) -> str:
     """Why nothing was bought, as far as it was measured."""
-    advice = "; give more --steps" if trained else ""
     reasons = [] if flagged else ["no layer is flagged"]
     if flagged:
         most = min(flagged, key=lambda d: d["after"]["sigma_max"] / d["before"]["sigma_max"])
@@ -328,7 +331,7 @@ def _reason(
         if 1 - low / high < HARDLY:
             reasons.append(
                 f"the flagged layers were {'hardly' if low <= high else 'not'} pressed (largest singular value of "
-                f"{most['name']}: {high:.2f} -> {low:.2f}{advice if low <= high else ''})"
+                f"{most['name']}: {high:.2f} -> {low:.2f}{'; give more --steps' if low <= high else ''})"
             )
     although = ""
     if any(parse_precision(c.precision).activations == 4 for c in judged):

@@ -10,15 +10,16 @@ arithmetic. Where the norm feeds nothing but Linears (pre-LN) and for attention'
 ("fold"); where a residual sum reads the norm as well (post-LN, BERT) or a GELU stands in front, an elementwise
 multiply-add has to be put in front of the Linear ("insert"): then the model is no longer one that transformers can
 load, and the runtime pays one elementwise pass. "neurons" instead scales neurons through the GELU, which is not
-homogeneous: approximate, weights only, and its error is measured.
+homogeneous: approximate, weights only, and its error is measured. "centre" only shifts: each channel's median becomes
+0, which the weights alone hold in post-LN models as well, because a bias in front of the residual sum takes it back.
 
 What is inserted may also copy channels (outlier channel splitting: Zhao et al., arXiv 1901.09504, section 3): a channel
 that arrives twice at half its size needs half the range, and no weight grows, at the price of a wider K. "bypass"
 may besides lead up to four channels of a site past the quantizer in float (as LLM.int8 does: Dettmers et al., arXiv
 2208.07339, section 3.2): still exact in float, but those products, 4 of K, are no longer integers.
 
-Scales are chosen by search (`equalize_choice`). The parts are `shrink`, `refit`, `equalize` and `scale_neurons`; here
-they are composed and measured.
+Scales are chosen by search (`equalize_choice`). The parts are `shrink`, `refit`, `centring`, `equalize` and
+`scale_neurons`; here they are composed and measured.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 from torch import nn
 
 from s2d_deploy.calibrate import calibrate
+from s2d_deploy.centring import centre_norms
 from s2d_deploy.equalize import equalize
 from s2d_deploy.equalized_linear import EqualizedLinear
 from s2d_deploy.errors import RecipeError, message
@@ -183,6 +185,8 @@ def apply_variants(
             changes += shrink_triplets(model, calibration, chosen, factor=factor)
             if variant == "shrink-next" and chosen:
                 changes += refit(model, original, calibration, after=list(chosen), output=output)
+        elif variant == "centre":
+            changes += centre_norms(model, calibration, output=output)
         elif variant == "neurons":
             changes += scale_neurons(model, calibration, output=output)
         else:
@@ -229,6 +233,7 @@ __all__ = [
     "OneShotResult",
     "Variant",
     "apply_variants",
+    "centre_norms",
     "equalize",
     "one_shot",
     "refit",

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from s2d_deploy.errors import RecipeError, message
 
-Variant = Literal["shrink", "shrink-next", "fold", "neurons", "insert", "bypass"]
+Variant = Literal["shrink", "shrink-next", "centre", "fold", "neurons", "insert", "bypass"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 # They need the layers that S2D flags, and come first.
 SHRINKING: tuple[Variant, ...] = ("shrink", "shrink-next")
@@ -49,7 +49,7 @@ def check_variants(names: Sequence[str], key: str = "one-shot variants") -> tupl
         raise RecipeError(
             message(
                 f"{key}: {'; '.join(dict.fromkeys(wrong)) or 'a variant stands there twice'}",
-                expected="shrink or shrink-next, then fold and neurons, then insert or bypass; each once",
+                expected="shrink or shrink-next, then centre, fold and neurons, then insert or bypass; each once",
                 found=", ".join(names),
             )
         )

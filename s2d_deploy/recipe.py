@@ -100,7 +100,7 @@ class ConditionSection(_Section):
         "with plain decay, with Muon",
     )
     one_shot: tuple[str, ...] = Field(
-        (), description="of method one-shot, in this order: shrink, shrink-next, fold, neurons, insert, bypass"
+        (), description="of method one-shot, in this order: shrink, shrink-next, centre, fold, neurons, insert, bypass"
     )
     shrink_factor: float = Field(0.5, ge=0, le=1, description="one-shot shrinking: what is left of a singular value")
     objective: Literal["task", "distill"] = Field("task", description="task loss, or label-free self-distillation")

@@ -18,8 +18,8 @@ from command_line import Commands
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from s2d_deploy.conditioning_run import Change, verdict
-from s2d_deploy.conditioning_view import points, statement
+from s2d_deploy.conditioning_run import SUBJECTS, Change, _layers, verdict
+from s2d_deploy.conditioning_view import points, statement, where
 from s2d_deploy.diagnosis_recipe import recipe_document
 
 WORDS = "the quick brown fox jumps over a lazy dog while some cats sleep under old trees".split()  # noqa: SIM905
@@ -464,6 +464,42 @@ def test_the_verdict_says_what_was_measured(
     assert said in sentence
     assert ("bought +" in sentence) == any(c.lo > 0 and held_out >= 10 for c in changes[1:])
     assert ("too much: lower" in sentence) == (changes[0].hi < -5)
+
+
+def test_one_shot_is_not_told_to_take_steps() -> None:
+    subject = SUBJECTS["one-shot"]
+    hardly = [change("fp32", -9.0, -10.0, -8.0), change("w4a4", -2.0, -3.0, -1.0)]
+    sentence = verdict(subject, hardly, [layer(after=7.9)], NO, 0.9, 50)
+    assert sentence.startswith("One-shot conditioning bought nothing here; it cost 2.00 (1.00 to 3.00) at W4A4")
+    assert "too much: raise condition.shrink_factor, or leave out shrink and neurons" in sentence
+    assert "--steps" not in sentence
+    assert "learning_rate" not in sentence
+    assert "give more --steps" in verdict("S2D", hardly, [layer(after=7.9)], NO, 0.9, 50)
+    same = [change("fp32", 0, 0, 0), change("w4a4", 0, 0, 0)]
+    assert verdict(subject, same, [layer(flagged=False)], NO, 0.9, 50) == (
+        "One-shot conditioning bought nothing here: every output is as it was. The findings say what it changed."
+    )
+
+
+def test_a_layer_that_something_was_put_around_stays_in_the_table() -> None:
+    def looked(name: str, sigma: float, *, flagged: bool) -> dict[str, Any]:
+        facts = {"pcdr": [0.97], "sigma_max": sigma, "max_abs_activation": 9.0, "kurtosis": 3.0, "dead": False}
+        return {"name": name, "flagged": flagged, "k_target": 1, **facts}
+
+    before = {"layers": [looked("fc1", 8.0, flagged=True), looked("fc2", 2.0, flagged=True)]}
+    after = {"layers": [looked("fc1.linear", 4.0, flagged=False), looked("fc2", 1.0, flagged=False)]}
+    rows = {row["name"]: row for row in _layers(before, after)}
+    assert {name: row["after"]["sigma_max"] for name, row in rows.items()} == {"fc1": 4.0, "fc2": 1.0}
+    # Another layer that is really called so does not take its place.
+    after["layers"].append(looked("fc2.linear", 77.0, flagged=False))
+    assert {row["name"]: row["after"]["sigma_max"] for row in _layers(before, after)} == {"fc1": 4.0, "fc2": 1.0}
+
+
+def test_where_says_what_transformers_leaves_out() -> None:
+    document = {"checkpoint": "out/condition", "diagnoses": ["a", "b"], "results": "out/outcome", "inserted": False}
+    assert "Checkpoint: out/condition (transformers: from_pretrained)\n" in where(document)
+    text = where({**document, "inserted": True})
+    assert "from_pretrained; that is the same float function without the inserted layers, which s2d-deploy puts" in text
 
 
 def test_only_the_first_measure_is_judged() -> None:

@@ -18,6 +18,7 @@ from s2d_deploy.errors import ModelError, RecipeError
 from s2d_deploy.one_shot import (
     VARIANTS,
     EqualizedLinear,
+    centre_norms,
     equalize,
     one_shot,
     refit,
@@ -110,6 +111,64 @@ def test_a_post_norm_model_offers_only_its_context_to_the_weights() -> None:
     changes = equalize(model, batches, output=OUT)
     assert all(c.where == (f"encoder.layer.{i}.attention.output.dense",) for c in changes for i in [c.where[0][14]])
     torch.testing.assert_close(run(model, batches[0]), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_centring_is_exact_in_float64_and_takes_the_offsets(kind: str, tmp_path: Path) -> None:
+    if kind == "bert":
+        model, batches = spoiled_bert().double(), [{"input_ids": b["input_ids"]} for b in planted.texts()]
+        norm, reader = "encoder.layer.0.attention.output.LayerNorm", "encoder.layer.0.intermediate.dense"
+    else:
+        model, batches = spoiled_vit(), planted.images(dtype=torch.float64)
+        norm, reader = "layers.0.layernorm_after", "layers.0.mlp.fc1"
+    with torch.no_grad():
+        model.get_submodule(norm).bias[5] = 120.0
+    before = [run(model, batch) for batch in batches]
+    names = list(model.state_dict())
+    changes = {c.where[0]: c for c in centre_norms(model, batches, output=OUT)}
+    assert list(model.state_dict()) == names  # no module was added
+    for batch, wanted in zip(batches, before, strict=True):
+        torch.testing.assert_close(run(model, batch), wanted, rtol=1e-10, atol=1e-10)
+    assert changes[norm].what == "centred"
+    assert changes[norm].where == (norm, reader)
+    assert changes[norm].before > 110
+    assert changes[norm].after < 0.8 * changes[norm].before
+    # Taken with our visible attention, whose softmax is in FP32.
+    seen = torch.cat([planted.captured_input(model, reader, batch).detach().flatten(0, 1) for batch in batches])
+    assert float(seen.median(dim=0).values.abs().max()) < 1e-6
+    # transformers loads the result as it is.
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = type(model).from_pretrained(tmp_path).double()
+    torch.testing.assert_close(run(again, batches[0]), before[0], rtol=1e-10, atol=1e-10)
+
+
+def test_centring_again_changes_nothing_and_needs_biases() -> None:
+    model, batches = spoiled_bert(), planted.texts()
+    for i in range(2):
+        model.get_submodule(f"encoder.layer.{i}.intermediate.dense").bias = None
+    done = [c.where[0] for c in centre_norms(model, batches, output=OUT)]
+    assert done
+    assert not [name for name in done if name.endswith("attention.output.LayerNorm")]  # no bias behind these
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for change in centre_norms(model, batches, output=OUT):
+        assert change.after == pytest.approx(change.before, rel=1e-5)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=1e-5, atol=1e-4)
+    with pytest.raises(RecipeError, match="needs calibration data"):
+        centre_norms(model, [], output=OUT)
+
+
+def test_centring_as_a_variant_is_exact_and_loadable() -> None:
+    model, batches = spoiled_bert(), planted.texts()
+    with torch.no_grad():
+        model.get_submodule("encoder.layer.0.attention.output.LayerNorm").bias[5] = 40.0
+    held_out = planted.texts(2, seed=9)
+    _, result = one_shot(model, batches, held_out, ["centre", "fold"], output=OUT, precisions=["w4a4"])
+    assert result.exact
+    assert result.loadable
+    assert "centred" in {c.what for c in result.changes}
+    assert result.cosine == pytest.approx(1.0, abs=1e-5)
+    assert result.after["w4a4/mse"] > result.before["w4a4/mse"]
 
 
 def test_tied_weights_are_left_alone() -> None:

@@ -40,7 +40,7 @@ from command_line import TINY
 
 OUT = "last_hidden_state"
 # Every variant, in two models: the exporter and the search take the time.
-LISTS = (("shrink-next", "fold", "neurons", "insert"), ("shrink", "bypass"))
+LISTS = (("shrink-next", "centre", "fold", "neurons", "insert"), ("shrink", "bypass"))
 
 
 def spoiled(kind: str) -> nn.Module:
@@ -217,12 +217,20 @@ def one_shot_recipe(variants: Any, **changes: Any) -> Recipe:
 @pytest.mark.parametrize(
     ("variants", "changes", "text"),
     [
-        (["flod"], {}, "condition.one_shot: unknown 'flod'. Expected: shrink, shrink-next, fold, neurons, insert, "),
+        (
+            ["flod"],
+            {},
+            "condition.one_shot: unknown 'flod'. Expected: shrink, shrink-next, centre, fold, neurons, insert, ",
+        ),
         (["flod"], {}, "did you mean 'fold'?"),
         ([], {}, "condition.one_shot: the list is empty"),
         ("fold", {}, "key 'condition.one_shot'. Expected: a list"),
         (["fold", "fold"], {}, "condition.one_shot: a variant stands there twice"),
-        (["insert", "bypass"], {}, "'insert' must come last. Expected: shrink or shrink-next, then fold and neurons"),
+        (
+            ["insert", "bypass"],
+            {},
+            "'insert' must come last. Expected: shrink or shrink-next, then centre, fold and neurons",
+        ),
         (["fold", "shrink"], {}, "'shrink' must come first"),
         (["shrink", "shrink-next"], {}, "'shrink-next' must come first"),
         (["fold"], {"method": "s2d", "warmup": 1}, "condition.one_shot is not read by condition.method = s2d"),
