@@ -59,6 +59,14 @@ RECIPES: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "rotated-gptq-token": ([{"rotation": {"online": True}}, "gptq"], TOKEN),
     "smooth-rotated-token": ([{"smoothquant": {"insert": True}}, {"rotation": {"online": True}}], TOKEN),
     "smooth-rotated-gptq-token": ([{"smoothquant": {"insert": True}}, {"rotation": {"online": True}}, "gptq"], TOKEN),
+    "flatquant-erq-norm": (
+        [
+            {"flatquant": {"iterations": 150}},
+            {"erq": {"activation_ridge": 0.3, "weight_ridge": 0.1}},
+            "norm_tweaking",
+        ],
+        {},
+    ),
     "flatquant-gptq": (["flatquant", "gptq"], {}),
     "flatquant-gptq-token": (["flatquant", "gptq"], TOKEN),
 }
