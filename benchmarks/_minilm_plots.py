@@ -16,6 +16,7 @@ _LOOKS = {
     "s2d": ("dot", "#c8500a"),
     "s2d-coupled": ("diamond", "#a85a8c"),
     "s2d-sites": ("triangle", "#00876a"),
+    "centre": ("square", "#c98500"),
     "insert": ("ring", "#c98500"),
     "bypass": ("square", "#2a9fd6"),
 }
