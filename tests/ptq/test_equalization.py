@@ -114,7 +114,7 @@ def test_two_layers_against_loops():
     model = Net().eval()
     done = equalized(model, {"x": torch.randn(6, 5)}, iterations=1).model
     for i in range(4):
-        r1 = max(abs(float(w)) for w in model.a.weight[i])
+        r1 = max(abs(float(w)) for w in model.a.weight[i].detach())
         r2 = max(abs(float(w)) for w in model.b.weight[:, i])
         s = (r1 * r2) ** 0.5 / r2
         assert torch.allclose(done.a.weight[i], model.a.weight[i] / s, rtol=1e-6)
