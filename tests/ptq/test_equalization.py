@@ -115,7 +115,7 @@ def test_two_layers_against_loops():
     done = equalized(model, {"x": torch.randn(6, 5)}, iterations=1).model
     for i in range(4):
         r1 = max(abs(float(w)) for w in model.a.weight[i].detach())
-        r2 = max(abs(float(w)) for w in model.b.weight[:, i])
+        r2 = max(abs(float(w)) for w in model.b.weight[:, i].detach())
         s = (r1 * r2) ** 0.5 / r2
         assert torch.allclose(done.a.weight[i], model.a.weight[i] / s, rtol=1e-6)
         assert float(done.a.bias[i]) == pytest.approx(float(model.a.bias[i]) / s, rel=1e-6)
