@@ -288,7 +288,7 @@ BAD_RECIPES = {
     "key": ("quantize.blocksize=1", "unknown key 'quantize.blocksize'", "did you mean 'block_size'?"),
     "value": ("data.batch_size=many", "key 'data.batch_size'", "Found: 'many'"),
     "target": ("targets=[tvn]", "unknown target 'tvn'", "did you mean 'tvm'?"),
-    "precision": ("quantize.precisions=[w4b4]", "unknown precision 'w4b4'", "w8a8, w4a16, w4a8, w4a4, nvfp4, mxfp4, fp32"),
+    "precision": ("quantize.precisions=[w4b4]", "unknown precision 'w4b4'", "w8a8, w4a16, w4a8, w4a4, nvfp4, mxfp4"),
     "calibration": ("data.calibration_samples=0", "key 'data.calibration_samples'", "Found: 0"),
 }
 
