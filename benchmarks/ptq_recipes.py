@@ -247,7 +247,7 @@ def _command(a: argparse.Namespace) -> list[str]:
     command += ["--conditioned", "CONDITIONED"] if a.conditioned is not None else []
     settings = [("calibration", a.calibration), ("held-out", a.held_out), ("batch", a.batch), ("name", a.name)]
     command += [str(word) for name, value in settings for word in (f"--{name}", value)]
-    return [*command, "--recipes", *a.recipes]
+    return [*command, "--precisions", *a.precisions, "--recipes", *a.recipes]
 
 
 def _line(result: Mapping[str, Any]) -> str:
