@@ -85,7 +85,9 @@ def main() -> None:
     settings = {k: v for k, v in vars(a).items() if k not in ("model", "data", "results")}
     document: dict[str, Any] = {
         "date": now.isoformat(timespec="seconds"),
-        "command": f"python benchmarks/minilm_one_shot.py --model MODEL --data CORPUS --variants {' '.join(a.variants)}",
+        "command": " ".join(
+            ["python benchmarks/minilm_one_shot.py --model MODEL --data CORPUS --variants", *a.variants]
+        ),
         "settings": settings,
         "corpus_sha256": hashlib.sha256(a.data.read_bytes()).hexdigest(),
         "cpu": cpu_model(),
