@@ -24,6 +24,7 @@ import click
 from s2d_deploy import __version__
 from s2d_deploy.cli_options import debug_option, model_options, recipe_options
 from s2d_deploy.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR, S2DDeployError, exit_code_of
+from s2d_deploy.interrupts import remember_interrupts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -501,6 +502,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     _OURS.setLevel(logging.WARNING)
+    remember_interrupts()
     try:
         cli.main(args=arguments, prog_name="s2d-deploy", standalone_mode=False)
     except click.ClickException as error:

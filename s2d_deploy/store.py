@@ -42,6 +42,7 @@ from s2d_deploy.files import (
     sha256_file,
     write_json,
 )
+from s2d_deploy.interrupts import raise_if_interrupted
 from s2d_deploy.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -252,6 +253,7 @@ class RunFolder:
     ) -> dict[str, Any]:
         start = time.perf_counter()
         info = dict(work(partial))
+        raise_if_interrupted()
         seconds = time.perf_counter() - start
         if (partial / MANIFEST).exists():
             raise ArtifactError(message(f"stage {name!r} wrote a {MANIFEST}; the store writes it, last"))

@@ -118,7 +118,7 @@ def test_two_layers_against_loops():
         r2 = max(abs(float(w)) for w in model.b.weight[:, i].detach())
         s = (r1 * r2) ** 0.5 / r2
         assert torch.allclose(done.a.weight[i], model.a.weight[i] / s, rtol=1e-6)
-        assert float(done.a.bias[i]) == pytest.approx(float(model.a.bias[i]) / s, rel=1e-6)
+        assert float(done.a.bias[i].detach()) == pytest.approx(float(model.a.bias[i].detach()) / s, rel=1e-6)
         assert torch.allclose(done.b.weight[:, i], model.b.weight[:, i] * s, rtol=1e-6)
 
 
