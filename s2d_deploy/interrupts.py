@@ -1,5 +1,6 @@
 """Ctrl-C is not lost. KeyboardInterrupt is raised wherever Python happens to be; inside a callback or a finalizer of a
-library it is printed or dropped, and the run would go on. The signal is remembered, and raised again at the end of a stage.
+library it is printed or dropped, and the run would go on. So the signal is remembered, and raised again at the end of a
+stage.
 """
 
 from __future__ import annotations
