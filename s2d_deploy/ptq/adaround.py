@@ -6,6 +6,8 @@ error of the layer's output on sampled rows plus ``lambda sum(1 - |2 h - 1|^beta
 from 20 to 2, so that roundings are free first and are driven to 0 or 1 at the end. Rows are those of the simulated
 model, the wanted outputs those of the float model (the asymmetric form, equation 25, without the activation function).
 
+Rows are weighed by one over the power of their outputs (`relative`; not in the paper): otherwise a few tokens with huge
+outputs, which a post-LN encoder has, rule the loss.
 Both terms are made free of units, so that one lambda serves every layer: the output error is divided by that of round
 to nearest, and the sum is a mean. What is lost: only neighbouring codes can be chosen, and a local search in one layer
 knows nothing of the layers behind. An output channel whose error on the sampled rows is not below that of round to
@@ -40,7 +42,7 @@ class Options(passes.Options):
     learning_rate: float = Field(3e-2, gt=0, description="of Adam, on V")
     strength: float = Field(10.0, gt=0, description="lambda: weight of the term that drives roundings to 0 or 1")
     relative: bool = Field(
-        False, description="each token's error relative to its output, not all alike as in the paper"
+        True, description="each token's error relative to its output; false counts all alike, as the paper does"
     )
     warm_start: float = Field(0.2, ge=0, lt=1, description="share of the steps before that term sets in")
 
