@@ -21,11 +21,12 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import _common
+import _ptq_data
 from _common import Figure
 
 PRECISIONS = ("w8a8", "w6a6", "w4a8", "w4a4")
@@ -74,66 +75,31 @@ RECIPES: dict[str, tuple[list[Any], dict[str, Any]]] = {
 
 def child(a: argparse.Namespace) -> dict[str, Any]:
     """One recipe on one model, at every precision, in this process."""
-    import torch
-
-    from s2d_deploy.data import Batch, load_data
     from s2d_deploy.discovery import discover
     from s2d_deploy.errors import S2DDeployError
-    from s2d_deploy.evaluate import neighbour_agreement, outputs, score, torch_run
     from s2d_deploy.models import load_model
     from s2d_deploy.ptq.passes import Context, parse_steps, run_passes
     from s2d_deploy.quantize import QuantizeConfig
-    from s2d_deploy.recipe import DataSection, ModelSection
+    from s2d_deploy.recipe import ModelSection
     from s2d_deploy.simulation import simulate
 
-    torch.set_num_threads(a.threads)
-    section = ModelSection(pretrained=str(a.model), task=a.task)
-    loaded = load_model(section)
-    kind = "text" if a.task == "embedding" else "images"
-    data = load_data(
-        DataSection(
-            kind=kind,
-            path=str(a.data),
-            calibration_samples=a.calibration,
-            test_samples=a.held_out,
-            max_length=a.length,
-            seed=a.seed,
-            image_size=loaded.image_size if kind == "images" else None,
-        ),
-        image_size=loaded.image_size,
-        channels=loaded.channels,
-        classes=loaded.classes,
-        model_source=loaded.source,
-    )
-    calibration = [dict(b) for b in data.calibration.batches(a.batch)]
-    held_out = [dict(b) for b in data.test.batches(a.batch)]
-    mask = torch.cat([b["attention_mask"] for b in held_out]).numpy() if "attention_mask" in held_out[0] else None
-    reference = outputs(torch_run(loaded.module, loaded.output), loaded.output, held_out)
-    module = loaded.module
+    evidence = _ptq_data.load_evidence(a)
+    calibration = evidence.calibration
+    module = evidence.module
     if a.conditioned is not None:
         module = load_model(ModelSection(pretrained=str(a.conditioned), task=a.task)).module
 
-    def measured(candidate: torch.nn.Module) -> dict[str, float]:
-        found = outputs(torch_run(candidate, loaded.output), loaded.output, held_out)
-        facts = {"value": score(a.task, found, reference, data.test.labels, mask).value}
-        if a.task == "embedding":
-            facts["neighbours"] = neighbour_agreement(found, reference, mask).value
-        return facts
-
-    def batches() -> Iterator[Batch]:
-        return iter(calibration)
-
-    ops = discover(module, {n: t[:1] for n, t in calibration[0].items()}, loaded.output)
-    result: dict[str, Any] = {"float": measured(module), "memory_before_bytes": _peak(), "precisions": {}}
+    ops = discover(module, {n: t[:1] for n, t in calibration[0].items()}, evidence.output)
+    result: dict[str, Any] = {"float": evidence.measured(module), "memory_before_bytes": _peak(), "precisions": {}}
     passes, keys = RECIPES[a.only]
     for precision in a.precisions:
         started = time.perf_counter()
         try:
-            context = Context(batches, loaded.output, QuantizeConfig(**keys), a.seed)
+            context = Context(lambda: iter(calibration), evidence.output, QuantizeConfig(**keys), a.seed)
             quantized = run_passes(module, ops, precision, parse_steps(passes), context)
             seconds = time.perf_counter() - started
             simulated = simulate(quantized.model, quantized.plan).eval()
-            result["precisions"][precision] = {"seconds": round(seconds, 1), **measured(simulated)}
+            result["precisions"][precision] = {"seconds": round(seconds, 1), **evidence.measured(simulated)}
         except S2DDeployError as error:  # a recipe that this model or precision cannot have says why
             result["precisions"][precision] = {"refused": str(error)}
     result["memory_bytes"] = _peak()
@@ -164,7 +130,7 @@ def run(a: argparse.Namespace) -> int:
     document = {
         "task": a.task,
         "recipes": {name: {"passes": p, "keys": k} for name, (p, k) in RECIPES.items() if name in found},
-        "settings": {"calibration": a.calibration, "held_out": a.held_out, "length": a.length, "seed": a.seed},
+        "settings": _ptq_data.settings(a),
         "results": found,
     }
     print(_table(found, list(models), a.precisions))
@@ -276,19 +242,10 @@ def _table(found: Mapping[str, Mapping[str, Any]], models: Sequence[str], precis
 def arguments_parser() -> argparse.ArgumentParser:
     """Every option."""
     parser = _common.parser("ptq_recipes.py", __doc__)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the float model (transformers)")
+    _ptq_data.add_options(parser)
     parser.add_argument("--conditioned", type=Path, help="folder of the same model after conditioning")
-    parser.add_argument("--data", type=Path, required=True, help="text file, or image folder with train/ and test/")
-    parser.add_argument("--task", choices=["embedding", "image-classification"], required=True)
-    parser.add_argument("--name", default="model", help="of the result file")
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="RECIPE")
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS))
-    parser.add_argument("--calibration", type=_common.positive, default=128)
-    parser.add_argument("--held-out", type=_common.positive, default=500)
-    parser.add_argument("--length", type=_common.positive, default=32, help="tokens of a text, padded")
-    parser.add_argument("--batch", type=_common.positive, default=32)
-    parser.add_argument("--threads", type=_common.positive, default=1)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=_common.WORK / "ptq", help="where finished recipes are kept")
     parser.add_argument("--only", choices=list(RECIPES), help=argparse.SUPPRESS)
     return parser
