@@ -494,7 +494,7 @@ class Pipeline:
         ]
 
     def _context(self, step: Step, precision: str) -> Context:
-        """What the passes read. Ranges of the untouched model come from the calibrate stage."""
+        """What the passes read. Histograms are kept by the model they are of, whichever recipe made it."""
         untouched = weights_sha256(self.model.module)
         stage = self.calibrate().folder / "calibration.safetensors"
 
@@ -502,9 +502,17 @@ class Pipeline:
             return self.data.calibration.batches(self.recipe.data.batch_size)
 
         def statistics(module: nn.Module, ops: Mapping[str, Op]) -> Calibration:
-            if weights_sha256(module) == untouched:
+            digest = weights_sha256(module)
+            if digest == untouched:
                 return Calibration.load(stage)
-            return calibrate(module, ops, batches(), step)
+
+            def work(folder: Path) -> dict[str, Any]:
+                calibrate(module, ops, batches(), step).save(folder / "calibration.safetensors")
+                return {"samples": self.data.calibration.size}
+
+            key = {"weights": digest, "ops": sorted(ops), "data": self.data.fingerprint}
+            kept = self.store.run(f"activations/{digest[:16]}", self._full_key(key), work)
+            return Calibration.load(kept.folder / "calibration.safetensors")
 
         section, learned = self.recipe.condition, None
         if (
@@ -541,12 +549,15 @@ class Pipeline:
 
         return self._stage(f"onnx/{precision}", {"quantize": self.quantize(precision).sha256}, work)
 
+    @staticmethod
+    def _full_key(key: dict[str, Any]) -> dict[str, Any]:
+        return key | {"version": __version__, "torch": torch.__version__, "packages": _relevant_versions()}
+
     def _stage(self, name: str, key: dict[str, Any], work: Any) -> Stage:
         """Run a stage once in this process, through the store, with its line on the display."""
         if name not in self._stages:
-            full = key | {"version": __version__, "torch": torch.__version__, "packages": _relevant_versions()}
             with self.display.step(name) as step:
-                stage = self.store.run(name, full, lambda folder: work(folder, step))
+                stage = self.store.run(name, self._full_key(key), lambda folder: work(folder, step))
                 if stage.cached:
                     step.note = "already done"
             self._stages[name] = stage

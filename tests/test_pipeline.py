@@ -67,6 +67,29 @@ def test_the_conditioned_model_is_another_than_the_original(finished: Finished):
         assert ranges["classifier.input"]["before"] != ranges["classifier.input"]["after"]
 
 
+def test_recipes_that_make_the_same_model_share_one_activation_pass(finished: Finished, tmp_path: Path):
+    """The rotated model is measured once, for whatever precision or weight pass comes behind."""
+
+    def quantized(passes: list[object], precision: str) -> None:
+        recipe = parse_recipe(TINY | {"quantize": {"precisions": [precision], "passes": passes}})
+        with RunFolder(tmp_path / "run") as store:
+            pipeline(store, recipe).quantize(precision)
+
+    finished.copy(tmp_path / "run")
+    folder = tmp_path / "run" / "activations"
+    quantized(["rotation"], "w8a8")
+    [kept] = folder.iterdir()
+    manifest = (kept / "manifest.json").read_bytes()
+    (kept / "calibration.safetensors").write_bytes(b"damaged")
+    quantized(["rotation"], "w4a4")
+    assert (kept / "calibration.safetensors").stat().st_size > 100
+    again = (kept / "manifest.json").read_bytes()
+    assert again != manifest  # measured anew, since the file was damaged
+    quantized(["rotation", "gptq"], "w4a4")
+    assert [path.name for path in folder.iterdir()] == [kept.name]
+    assert (kept / "manifest.json").read_bytes() == again
+
+
 def test_conditioning_in_place_leaves_the_original_as_it_was(tmp_path: Path):
     """Conditioning changes weights in place; who asks for the original later must get the trained one."""
     with RunFolder(tmp_path) as store:
