@@ -54,7 +54,7 @@ def test_a_whole_run_and_its_second_start(prepared: Path):
     document = json.loads(next((prepared / "results").glob("*-ptq-tiny.json")).read_text())
     row = document["data"]["results"]["rtn-mse"]
     assert set(row) == {"original", "s2d"}
-    assert set(row["original"]["precisions"]["w8a8"]) == {"seconds", "value"}
+    assert set(row["original"]["precisions"]["w8a8"]) == {"seconds", "value", "agreement"}
     assert 0 <= row["original"]["precisions"]["w8a8"]["value"] <= 100
     # The tiny widths are no multiple of 32: a refusal is a result, with its reason.
     assert "not divisible by the block size" in row["original"]["precisions"]["w4a16"]["refused"]
