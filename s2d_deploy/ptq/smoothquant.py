@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from s2d_deploy import formats
 from s2d_deploy.errors import ModelError, message
 from s2d_deploy.fake_quant import dequantize, quantize, token_scale
 from s2d_deploy.observers import Histogram, activation_parameters, weight_parameters
@@ -225,7 +226,9 @@ def quantized_rows(x: Tensor, site: Site | None, config: QuantizeConfig) -> Tens
     if site is None:
         return x
     if site.grid.dynamic:
-        scale = token_scale(x, site.grid)
+        # NVFP4's tensor scale is a range, too: found on `x`, not taken from a site whose tensor had another one.
+        of_tensor = formats.tensor_scale(x.abs().max()) if site.grid.scale_format == "e4m3" else None
+        scale = token_scale(x, site.grid, of_tensor)
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
     else:
         histogram = Histogram()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,14 @@ from planted import bert, vit
 
 from s2d_deploy.discovery import discover
 from s2d_deploy.errors import ModelError, RecipeError
+from s2d_deploy.fake_quant import FakeQuantizer
+from s2d_deploy.formats import tensor_scale
 from s2d_deploy.ptq.folding import Unchanged, reader_groups
 from s2d_deploy.ptq.input_transform import ChannelScale, load_changes, save_changes
 from s2d_deploy.ptq.passes import Context, parse_steps, run_passes
 from s2d_deploy.ptq.presets import preset
-from s2d_deploy.ptq.smoothquant import smoothing_factors
+from s2d_deploy.ptq.smoothquant import quantized_rows, smoothing_factors
+from s2d_deploy.quantize import QuantizeConfig
 from s2d_deploy.registry import load_exporter
 from s2d_deploy.simulation import simulate
 
@@ -247,3 +251,30 @@ def test_a_wrong_alpha_is_an_error(alpha):
 def test_the_preset():
     assert preset("int8_smoothquant") == {"precisions": ["w8a8"], "passes": ["smoothquant"]}
     assert [step.name for step in parse_steps(preset("int8_smoothquant")["passes"])] == ["smoothquant", "ranges"]
+
+
+@pytest.mark.parametrize("precision", ["nvfp4", "mxfp4"])
+@pytest.mark.parametrize(
+    "entry", [{"smoothquant": {"alpha": "auto", "insert": True}}, {"awq": {"insert": True}}], ids=["smoothquant", "awq"]
+)
+def test_a_search_works_with_block_scales_made_at_run_time(precision: str, entry):
+    """NVFP4's block scales need the tensor's scale, which the search did not give (a PlanError)."""
+    model, batch = vit(layers=1), images()
+    with torch.no_grad():
+        model.layers[0].layernorm_before.weight[5] = 40.0
+    ops = discover(model, {n: t[:1] for n, t in batch.items()}, HIDDEN)
+    done = run_passes(model, ops, precision, parse_steps([entry]), Context(lambda: [batch], HIDDEN))
+    told = done.plan.info[next(iter(entry))]
+    assert told["folded"] or told["inserted"] or told["unchanged"]
+    assert torch.allclose(hidden(done.model, batch), hidden(model, batch), atol=1e-4)
+
+
+def test_rows_on_an_nvfp4_grid_are_what_the_quantizer_of_their_own_site_gives():
+    batch = images()
+    model = vit(layers=1)
+    ops = discover(model, {n: t[:1] for n, t in batch.items()}, HIDDEN)
+    plan = run_passes(model, ops, "nvfp4", parse_steps([]), Context(lambda: [batch], HIDDEN)).plan
+    site = plan.sites["layers.0.mlp.fc1.input"]
+    rows = torch.randn(20, 32, generator=torch.Generator().manual_seed(3)) * 7
+    own = replace(site, tensor_scale=tensor_scale(rows.abs().max()))
+    assert torch.equal(quantized_rows(rows, site, QuantizeConfig()), FakeQuantizer.of(own)(rows))
