@@ -14,16 +14,18 @@ Against the paper: rows are weighed by one over the power of their outputs (`rel
 few tokens with huge outputs otherwise rule both regressions, and the rest of the model is lost; the outputs wanted may
 be the float model's own, so that errors of earlier layers are regressed too (`reference: float`); refinement sees exact
 second moments instead of a proxy of mean and covariance, so a step is taken only if it lowers the error; the paper's
-reparameterization of LayerNorm inputs is another pass; lambda is a share of the mean input power. An output channel
-whose error would exceed that of plain rounding keeps the plain rounding. Not guaranteed: that the model's output gets
-better; and with few calibration rows (fewer than K) the regression fits noise.
+reparameterization of LayerNorm inputs is another pass; lambda is a share of the mean input power, and each layer takes
+the one whose regression, fitted on one half of the calibration data, leaves the least error on the other half: where
+there are few rows per input channel, a lambda that is too small fits noise. An output channel keeps its plain rounding
+unless the regressions lower its error on the half of the data that they have not seen. Not guaranteed: that the
+model's output gets better.
 """
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field
@@ -36,18 +38,20 @@ from s2d_deploy.ptq.passes import Context, Quantized
 from s2d_deploy.ptq.reconstruction import Reconstruction, Statistics
 from s2d_deploy.ptq.weight_matrix import WeightMatrix, weight_matrix
 
-logger = logging.getLogger(__name__)
+Folds = tuple[Statistics, Statistics]
+Ridge = Literal["auto"] | Annotated[float, Field(gt=0)]
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # tried by cross-validation
 
 
 class Options(passes.Options):
     """Strength of the two regressions, and how long roundings are refined."""
 
-    activation_ridge: float = Field(
-        0.01, gt=0, description="lambda of the first regression, as a share of the mean input power"
+    activation_ridge: Ridge = Field(
+        "auto",
+        description="lambda of the first regression, as a share of the mean input power; auto: each layer's own, by "
+        "two-fold cross-validation on the calibration data",
     )
-    weight_ridge: float = Field(
-        0.01, gt=0, description="lambda of the second regression, as a share of the mean input power"
-    )
+    weight_ridge: Ridge = Field("auto", description="lambda of the second regression, likewise")
     refinements: int = Field(100, ge=0, description="at most so many roundings of a row are turned round in each half")
     reference: Literal["float", "simulated"] = Field(
         "simulated", description="whose rows the wanted outputs are made of: the float model's, or the simulated one's"
@@ -65,35 +69,64 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
         DataError: no calibration data.
     """
     work = Reconstruction(quantized, context, "erq")
+    chosen: dict[str, dict[str, float]] = {}
     for group in work.groups:
-        statistics = work.statistics(group, options.reference, relative=options.relative)
+        folds = work.folds(group, options.reference, relative=options.relative)
         for name in group:
             context.progress(f"erq: {name}")
-            _serve(work, name, statistics, options)
+            chosen[name] = _serve(work, name, folds, options)
+    quantized.plan.info["erq"] = chosen
     return quantized
 
 
-def _serve(work: Reconstruction, name: str, statistics: Statistics, options: Options) -> None:
-    gram, cross = statistics.gram, cast(Tensor, statistics.cross)
-    layer, site = work.float_layer(name), work.site(name)
+def _serve(work: Reconstruction, name: str, folds: Folds, options: Options) -> dict[str, float]:
+    """Choose the codes of one layer; returns what was chosen for it, by name."""
+    whole = folds[0].pooled(folds[1])
+    layer, site, config = work.float_layer(name), work.site(name), work.context.config
     plain = weight_matrix(layer, site)
-    regressed = activation_regression(plain.weight, gram, cross, options.activation_ridge)
-    config = work.context.config
+    first = _ridge(options.activation_ridge, lambda ridge: _activation_error(plain, folds, ridge))
+    regressed = _regressed(plain, whole, first)
     scale, _ = weight_parameters(regressed.float().reshape(plain.shape), site.grid, config.weights, config.percentile)
-    matrix = weight_matrix(layer, replace(site, scale=scale), weight=regressed)
-    codes = rounded_by_halves(matrix, gram, ridge=options.weight_ridge, refinements=options.refinements)
-    target = plain.weight @ cross
-    nearest = _excess(plain.values(plain.nearest_codes), gram, target)
-    chosen = _excess(matrix.values(codes), gram, target)
-    keep = nearest < chosen
+    new = replace(site, scale=scale)
+    matrix = weight_matrix(layer, new, weight=regressed)
+    seen = [(weight_matrix(layer, new, weight=_regressed(plain, a, first)), a, b) for a, b in (folds, folds[::-1])]
+    second = _ridge(options.weight_ridge, lambda ridge: float(_weight_error(plain, seen, ridge, 0).sum()))
+    codes = rounded_by_halves(matrix, whole.gram, ridge=second, refinements=options.refinements)
+    unseen = _weight_error(plain, seen, second, options.refinements)
+    nearest = _excess(plain.values(plain.nearest_codes), plain, *folds)
+    keep = nearest <= unseen
     if isinstance(site.grid.granularity, PerTensor):
-        keep = (nearest.sum() < chosen.sum()).expand(keep.shape)
-    logger.debug("erq: %s: %d of %d rows keep round to nearest", name, int(keep.sum()), keep.numel())
+        keep = (nearest.sum() <= unseen.sum()).expand(keep.shape)
     rows = keep if scale.dim() == 1 else keep.reshape(-1, *[1] * (scale.dim() - 1))
     scale = torch.where(rows if scale.dim() else keep[0], site.scale, scale)
     codes = torch.where(keep[:, None], plain.nearest_codes, codes)
     work.quantized.plan.sites[site.name] = replace(site, scale=scale)
     work.choose(name, matrix.stored(codes))
+    return {"activation_ridge": first, "weight_ridge": second, "rows_kept": int(keep.sum()), "rows": keep.numel()}
+
+
+def _ridge(given: Literal["auto"] | float, unseen_error: Callable[[float], float]) -> float:
+    return min(RIDGES, key=unseen_error) if given == "auto" else given
+
+
+def _regressed(plain: WeightMatrix, statistics: Statistics, ridge: float) -> Tensor:
+    return activation_regression(plain.weight, statistics.gram, cast(Tensor, statistics.cross), ridge)
+
+
+def _activation_error(plain: WeightMatrix, folds: Folds, ridge: float) -> float:
+    """Of the first regression, on the half that it has not seen."""
+    return sum(float(_excess(_regressed(plain, a, ridge), plain, b).sum()) for a, b in (folds, folds[::-1]))
+
+
+def _weight_error(
+    plain: WeightMatrix, seen: Sequence[tuple[WeightMatrix, Statistics, Statistics]], ridge: float, refinements: int
+) -> Tensor:
+    """Of both regressions and the rounding, on the half that they have not seen: float64 ``(N,)``."""
+    total = torch.zeros(plain.weight.shape[0], dtype=torch.float64)
+    for matrix, fitted, unseen in seen:
+        codes = rounded_by_halves(matrix, fitted.gram, ridge=ridge, refinements=refinements)
+        total += _excess(matrix.values(codes), plain, unseen)
+    return total
 
 
 def activation_regression(weight: Tensor, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -183,6 +216,9 @@ def _solve(gram: Tensor, penalty: float, right: Tensor) -> Tensor:
     return result
 
 
-def _excess(weight: Tensor, gram: Tensor, target: Tensor) -> Tensor:
-    """``E|W x - W' q|^2`` of each row but for a constant, float64 ``(N,)``; `target` is ``W E[x q^T]``."""
-    return ((weight @ gram - 2 * target) * weight).sum(1)
+def _excess(weight: Tensor, plain: WeightMatrix, *parts: Statistics) -> Tensor:
+    """``E|W x - W' q|^2`` of each row but for a constant, summed over `parts`, float64 ``(N,)``; W is `plain`'s."""
+    total = torch.zeros(weight.shape[0], dtype=torch.float64)
+    for part in parts:
+        total += ((weight @ part.gram - 2 * (plain.weight @ cast(Tensor, part.cross))) * weight).sum(1)
+    return total

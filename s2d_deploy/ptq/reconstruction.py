@@ -51,6 +51,19 @@ class Statistics:
     mean: Tensor
     float_mean: Tensor | None
 
+    def pooled(self, other: Statistics) -> Statistics:
+        """Of the rows of both."""
+
+        def mean(a: Tensor, b: Tensor) -> Tensor:
+            return (a * self.count + b * other.count) / (self.count + other.count)
+
+        cross = None if self.cross is None or other.cross is None else mean(self.cross, other.cross)
+        floats = (
+            None if self.float_mean is None or other.float_mean is None else mean(self.float_mean, other.float_mean)
+        )
+        count = self.count + other.count
+        return Statistics(count, mean(self.gram, other.gram), cross, mean(self.mean, other.mean), floats)
+
 
 class Reconstruction:
     """One pass at work on one model.
@@ -136,7 +149,34 @@ class Reconstruction:
 
     def statistics(self, group: Sequence[str], beside: Beside | None = None, *, relative: bool = False) -> Statistics:
         """Moments of the group's rows over the calibration data; arguments as of `rows`."""
-        return _moments(self.rows(group, beside, relative=relative))
+        moments = _Moments()
+        for q, x in self.rows(group, beside, relative=relative):
+            moments.add(q, x)
+        return moments.statistics()
+
+    def folds(
+        self, group: Sequence[str], beside: Beside | None = None, *, relative: bool = False
+    ) -> tuple[Statistics, Statistics]:
+        """Moments over either half of the calibration data, for cross-validation; arguments as of `rows`.
+
+        The halves are the even and the odd batches; of a single batch, its first and its last rows.
+        """
+        folds = _Moments(), _Moments()
+        first: tuple[Tensor, Tensor | None] | None = None
+        for index, (q, x) in enumerate(self.rows(group, beside, relative=relative)):
+            if index == 0:
+                first = q, x
+                continue
+            if first is not None:
+                folds[0].add(*first)
+                first = None
+            folds[index % 2].add(q, x)
+        if first is not None:
+            q, x = first
+            middle = (q.shape[0] + 1) // 2
+            for fold, part in zip(folds, (slice(0, middle), slice(q.shape[0] - middle, None)), strict=True):
+                fold.add(q[part], None if x is None else x[part])
+        return folds[0].statistics(), folds[1].statistics()
 
     def means(self, group: Sequence[str], *, relative: bool = False) -> tuple[Tensor, Tensor]:
         """Means of the group's rows and of the float model's, float64 ``(K,)`` each.
@@ -312,26 +352,30 @@ def _alike(layer: nn.Module, plan: Plan, first: str, name: str) -> bool:
     return not hasattr(layer, "kernel_size")
 
 
-def _moments(rows: Iterator[tuple[Tensor, Tensor | None]]) -> Statistics:
-    count = 0
-    sums: dict[str, Tensor] = {}
+class _Moments:
+    """Running sums of rows and of their products."""
 
-    def add(name: str, value: Tensor) -> None:
-        sums[name] = sums[name].add_(value) if name in sums else value
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
 
-    for integer, real in rows:
+    def add(self, integer: Tensor, real: Tensor | None) -> None:
+        """Rows q (and x beside them): FP32 ``(rows, K)``."""
         q = integer.double()
-        count += q.shape[0]
-        add("gram", q.T @ q)
-        add("mean", q.sum(0))
+        self.count += q.shape[0]
+        found = {"gram": q.T @ q, "mean": q.sum(0)}
         if real is not None:
             x = real.double()
-            add("cross", x.T @ q)
-            add("float_mean", x.sum(0))
-    if not count:
-        raise DataError(message("the calibration set is empty", expected="at least one batch with a token in it"))
-    found = {name: total.div_(count) for name, total in sums.items()}
-    return Statistics(count, found["gram"], found.get("cross"), found["mean"], found.get("float_mean"))
+            found |= {"cross": x.T @ q, "float_mean": x.sum(0)}
+        for name, value in found.items():
+            self.sums[name] = self.sums[name].add_(value) if name in self.sums else value
+
+    def statistics(self) -> Statistics:
+        """Raises DataError where no row was seen."""
+        if not self.count:
+            raise DataError(message("the calibration set is empty", expected="at least one batch with a token in it"))
+        found = {name: total / self.count for name, total in self.sums.items()}
+        return Statistics(self.count, found["gram"], found.get("cross"), found["mean"], found.get("float_mean"))
 
 
 def _served(quantized: Quantized, pass_name: str) -> tuple[list[str], dict[str, str]]:

@@ -10,12 +10,14 @@ import tiny_quantized as tiny
 import torch
 from torch import nn
 
-from s2d_deploy.errors import ModelError
+from s2d_deploy.errors import ModelError, RecipeError
 from s2d_deploy.fake_quant import dequantize, quantize
 from s2d_deploy.grid import Grid, PerAxis, PerBlock
 from s2d_deploy.observers import weight_parameters
 from s2d_deploy.plan import Site
-from s2d_deploy.ptq.erq import activation_regression, refined, rounded_by_halves
+from s2d_deploy.ptq.erq import RIDGES, _activation_error, activation_regression, refined, rounded_by_halves
+from s2d_deploy.ptq.passes import parse_steps
+from s2d_deploy.ptq.reconstruction import Statistics
 from s2d_deploy.ptq.weight_matrix import WeightMatrix, output_error, weight_matrix
 
 
@@ -133,6 +135,50 @@ def test_on_a_model(kind: str, precision: str, options: dict):
         assert torch.equal(dequantize(codes, site.scale, site.zero_point, site.grid), weight)
     if kind == "bert":
         assert tiny.error(found, context, model) < tiny.error(plain, context, model)
+
+
+def test_the_ridge_is_the_one_that_errs_least_on_the_other_half():
+    """Fewer rows than columns: a small ridge fits them exactly, and is wrong about the others."""
+    k, count = 24, 16
+    torch.manual_seed(3)
+    x = torch.randn(2 * count, k).double()
+    q = x + 0.5 * torch.randn(2 * count, k).double()
+    halves = [(x[:count], q[:count]), (x[count:], q[count:])]
+    folds = tuple(Statistics(count, b.T @ b / count, a.T @ b / count, b.mean(0), a.mean(0)) for a, b in halves)
+    plain = matrix_of(k)
+
+    def unseen(ridge: float) -> float:
+        """Mean squared output error on the rows that the regression has not seen, written out."""
+        total = 0.0
+        for (a, b), (c, d) in (halves, halves[::-1]):
+            weight = activation_regression(plain.weight, b.T @ b / count, a.T @ b / count, ridge)
+            total += float((c @ plain.weight.T - d @ weight.T).square().sum()) / count
+        return total
+
+    errors = {ridge: unseen(ridge) for ridge in RIDGES}
+    found = [_activation_error(plain, folds, ridge) for ridge in RIDGES]
+    constant = sum(float((a @ plain.weight.T).square().sum()) / count for a, _ in halves)
+    assert np.allclose(np.array(found) + constant, list(errors.values()))
+    assert min(errors, key=errors.__getitem__) >= 0.1
+    assert errors[RIDGES[0]] > 1.5 * min(errors.values())
+
+
+def test_what_was_chosen_stands_in_the_plan():
+    plan = tiny.run("bert", "w4a4", ["erq"])[0].plan
+    assert set(plan.info["erq"]) == {s.op for s in plan.sites.values() if s.role == "weight"}
+    for chosen in plan.info["erq"].values():
+        assert chosen["activation_ridge"] in RIDGES
+        assert chosen["weight_ridge"] in RIDGES
+        assert 0 <= chosen["rows_kept"] <= chosen["rows"]
+    given = tiny.run("bert", "w4a4", [{"erq": {"activation_ridge": 0.2, "weight_ridge": 0.5}}])[0].plan
+    ridges = {(c["activation_ridge"], c["weight_ridge"]) for c in given.info["erq"].values()}
+    assert ridges == {(0.2, 0.5)}
+
+
+@pytest.mark.parametrize("ridge", [0, -1, "much"])
+def test_a_ridge_that_is_none(ridge: object):
+    with pytest.raises(RecipeError, match=r"quantize.passes.erq.activation_ridge"):
+        parse_steps([{"erq": {"activation_ridge": ridge}}])
 
 
 def test_twice_the_same():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny_quantized as tiny
 import torch
@@ -58,6 +60,33 @@ def test_statistics_are_the_means_of_products(work: Reconstruction):
     means = work.means(group)
     assert torch.allclose(means[0], q.mean(0))
     assert torch.allclose(means[1], x.mean(0))
+
+
+def test_folds_are_the_even_and_the_odd_batches(work: Reconstruction):
+    group = work.groups[0]
+    folds = work.folds(group, "float")
+    rows = list(work.rows(group, "float"))
+    for fold, part in zip(folds, (rows[::2], rows[1::2]), strict=True):
+        q, x = (torch.cat([pair[i] for pair in part]).double() for i in (0, 1))
+        assert fold.count == q.shape[0]
+        assert torch.allclose(fold.gram, q.T @ q / q.shape[0])
+        assert torch.allclose(fold.cross, x.T @ q / q.shape[0])
+    whole, pooled = work.statistics(group, "float"), folds[0].pooled(folds[1])
+    assert pooled.count == whole.count
+    for name in ("gram", "cross", "mean", "float_mean"):
+        assert torch.allclose(getattr(pooled, name), getattr(whole, name))
+
+
+def test_folds_of_a_single_batch(work: Reconstruction):
+    batch = next(iter(work.context.batches()))
+    single = Reconstruction(work.quantized, replace(work.context, batches=lambda: [batch]), "gptq")
+    group = single.groups[0]
+    folds = single.folds(group)
+    [(rows, _)] = list(single.rows(group))
+    q = rows.double()
+    middle = (len(q) + 1) // 2
+    assert torch.allclose(folds[0].gram, q[:middle].T @ q[:middle] / middle)
+    assert torch.allclose(folds[1].gram, q[-middle:].T @ q[-middle:] / middle)
 
 
 def test_relative_rows_make_outputs_of_one_size(work: Reconstruction):
