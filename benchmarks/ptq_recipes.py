@@ -15,6 +15,7 @@ DATE-ptq-NAME.json and DATE-ptq-NAME.svg.
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import resource
@@ -168,7 +169,7 @@ def _kept(a: argparse.Namespace, name: str, conditioned: Path | None) -> dict[st
         "recipe": RECIPES[name],
         "model": _digest(a.model),
         "conditioned": None if conditioned is None else _digest(conditioned),
-        "sources": _sources(),
+        "sources": _sources(RECIPES[name][0]),
         "precisions": list(a.precisions),
         **{k: str(getattr(a, k)) for k in ("task", "calibration", "held_out", "length", "batch", "seed", "data")},
     }
@@ -198,13 +199,23 @@ def _digest(folder: Path) -> str:
     return h.hexdigest()
 
 
-def _sources() -> str:
-    """Digest of the code that a result depends on."""
-    root = Path(__file__).resolve().parents[1] / "s2d_deploy"
-    h = hashlib.sha256()
-    for path in sorted([*(root / "ptq").glob("*.py"), root / "quantize.py", root / "observers.py", root / "grid.py"]):
-        h.update(path.read_bytes())
-    return h.hexdigest()
+def _sources(passes: Sequence[Any]) -> str:
+    """Digest of the code that a recipe's result depends on: its passes, and whatever they import of the package."""
+    names = [entry if isinstance(entry, str) else next(iter(entry)) for entry in passes]
+    pending = [f"s2d_deploy.ptq.{name}" for name in ["ranges", *names]]
+    pending += ["s2d_deploy.ptq.passes", "s2d_deploy.simulation", "s2d_deploy.discovery"]
+    root = Path(__file__).resolve().parents[1]
+    found: dict[str, bytes] = {}
+    while pending:
+        name = pending.pop()
+        path = root.joinpath(*name.split(".")).with_suffix(".py")
+        if name in found or not path.is_file():
+            continue
+        found[name] = path.read_bytes()
+        for node in ast.walk(ast.parse(found[name])):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("s2d_deploy"):
+                pending += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return hashlib.sha256(b"".join(found[name] for name in sorted(found))).hexdigest()
 
 
 def _command(a: argparse.Namespace) -> list[str]:
