@@ -103,11 +103,7 @@ def build_plan(
             "calibration_samples": calibration.samples,
         },
     )
-    # A layer that something was inserted into is called by its old name, too: a recipe knows no other.
-    called = {name: {name, layer_name(model, name)} for name in ops}
-    _check_patterns(called, config)
-    config = replace(config, overrides={**config.overrides, **_ends(ops, config), **config.overrides})
-    chosen = {name: _precision_of(op, called[name], wanted, config) for name, op in ops.items()}
+    chosen = _chosen(model, ops, wanted, config)
     modules = dict(model.named_modules())
     _check_blocks(ops, chosen, modules, config)
     _check_fp4_blocks(ops, chosen)
@@ -121,6 +117,27 @@ def build_plan(
             elif p.activations < 16:
                 plan.add(_activation_site(site, op, role, calibration, p, config))
     return plan
+
+
+def quantized_ops(
+    model: nn.Module, ops: Mapping[str, Op], precision: str, config: QuantizeConfig = QuantizeConfig()
+) -> set[str]:
+    """Names of the ops that `build_plan` would give sites to: a transform need not touch the others.
+
+    Raises:
+        RecipeError: a pattern in skip or overrides matches no op.
+    """
+    chosen = _chosen(model, ops, parse_precision(precision), config)
+    return {name for name, op in ops.items() if _stores_codes(op, chosen[name]) or chosen[name].activations < 16}
+
+
+def _chosen(model: nn.Module, ops: Mapping[str, Op], wanted: Precision, config: QuantizeConfig) -> dict[str, Precision]:
+    """Each op's precision."""
+    # A layer that something was inserted into is called by its old name, too: a recipe knows no other.
+    called = {name: {name, layer_name(model, name)} for name in ops}
+    _check_patterns(called, config)
+    config = replace(config, overrides={**config.overrides, **_ends(ops, config), **config.overrides})
+    return {name: _precision_of(op, called[name], wanted, config) for name, op in ops.items()}
 
 
 def _ends(ops: Mapping[str, Op], config: QuantizeConfig) -> dict[str, str]:

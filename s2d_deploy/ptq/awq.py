@@ -61,8 +61,8 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     sample = first_sample(context.batches())
     sites = _weight_and_input_sites(model, plan, context)
     done = Scaled()
-    wanted = [g for g in reader_groups(model, sample) if any(f"{name}.weight" in sites for name in g.names)]
-    groups = [g for g in wanted if may_scale(model, g, options.insert, done)]
+    wanted = {op for op in plan.ops if f"{op}.weight" in sites}
+    groups = [g for g in reader_groups(model, sample) if may_scale(model, g, options.insert, done, wanted)]
     if not groups:
         raise nothing_scaled("awq", done)
     rows = sampled_rows(model, context.batches(), [g.names[0] for g in groups], options.rows, context.seed)
@@ -70,13 +70,13 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     for index, group in enumerate(groups):
         title = ", ".join(group.names)
         context.progress(f"awq {index + 1} of {len(groups)}: {title}")
-        weights = {name: _weight(model, name) for name in group.names}
+        weights = {name: _weight(model, name) for name in group.names if name in wanted}
         alpha = best_alpha(rows[group.names[0]], weights, sites, context.config, options.grid)
         if alpha == 0.0:
             done.unchanged.append(title)
             continue
         factor = (1 / awq_scales(rows[group.names[0]], alpha)).float()
-        place(model, group, factor, alpha, options.insert, unchanged, done)
+        place(model, group, factor, alpha, options.insert, unchanged, done, wanted)
     for title, reason in done.left_out.items():
         logger.info("awq leaves out %s: %s", title, reason)
     plan.info["awq"] = asdict(done)

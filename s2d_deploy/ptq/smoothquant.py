@@ -14,6 +14,7 @@ keeps a tensor as it is where no alpha helps on the calibration tokens.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, cast
 
@@ -31,7 +32,7 @@ from s2d_deploy.ptq.activations import sampled_rows
 from s2d_deploy.ptq.folding import Group, Unchanged, absorb, first_sample, input_peaks, multiply, reader_groups
 from s2d_deploy.ptq.input_transform import ChannelScale, attach
 from s2d_deploy.ptq.passes import Context, Quantized
-from s2d_deploy.quantize import QuantizeConfig, build_plan
+from s2d_deploy.quantize import QuantizeConfig, build_plan, quantized_ops
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,8 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     model, plan = quantized.model, quantized.plan
     sample = first_sample(context.batches())
     done = Scaled()
-    groups = [g for g in reader_groups(model, sample) if may_scale(model, g, options.insert, done)]
+    wanted = quantized_ops(model, plan.ops, plan.precision, context.config)
+    groups = [g for g in reader_groups(model, sample) if may_scale(model, g, options.insert, done, wanted)]
     if not groups:
         raise nothing_scaled("smoothquant", done)
     peaks = input_peaks(model, context.batches(), [name for g in groups for name in g.names])
@@ -96,14 +98,15 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     for index, group in enumerate(groups):
         title = ", ".join(group.names)
         context.progress(f"smoothquant {index + 1} of {len(groups)}: {title}")
-        peak = torch.stack([peaks[name] for name in group.names]).amax(0)
-        weight = torch.cat([_linear(model, name).weight.detach() for name in group.names])
+        served = [name for name in group.names if name in wanted]
+        peak = torch.stack([peaks[name] for name in served]).amax(0)
+        weight = torch.cat([_linear(model, name).weight.detach() for name in served])
         alpha = chooser.alpha(group, peak, weight) if chooser is not None else cast(float, options.alpha)
         if alpha is None:
             done.unchanged.append(title)
             continue
         factor = 1 / smoothing_factors(peak, weight, alpha)
-        place(model, group, factor, alpha, options.insert, unchanged, done)
+        place(model, group, factor, alpha, options.insert, unchanged, done, wanted)
     if not done.folded and not done.inserted and not done.unchanged:
         raise nothing_scaled("smoothquant", done)
     for title, reason in done.left_out.items():
@@ -118,15 +121,27 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
 
 
 def place(
-    model: nn.Module, group: Group, factor: Tensor, alpha: float, insert: bool, unchanged: Unchanged, done: Scaled
+    model: nn.Module,
+    group: Group,
+    factor: Tensor,
+    alpha: float,
+    insert: bool,
+    unchanged: Unchanged,
+    done: Scaled,
+    quantized: Collection[str],
 ) -> None:
-    """Put `factor` in front of the group: into its maker where the model stays the same, else as a product."""
+    """Put `factor` in front of the group: into its maker where the model stays the same, else as a product.
+
+    What is folded reaches every layer of the group; a product is put in front of those that are `quantized`.
+    """
     title = ", ".join(group.names)
     if group.maker and unchanged.after(
         [model.get_submodule(name) for name in (group.maker, *group.names)], lambda: fold(model, group, factor)
     ):
         done.folded[title] = alpha
     elif insert:
+        group = replace(group, names=tuple(name for name in group.names if name in quantized))
+        title = ", ".join(group.names)
         insert_scale(model, group, factor)
         unchanged.check(f"a scale in front of {title}")
         done.inserted[title] = alpha
@@ -134,10 +149,12 @@ def place(
         done.left_out[title] = f"the model reads the output of {group.maker} elsewhere"
 
 
-def may_scale(model: nn.Module, group: Group, insert: bool, done: Scaled) -> bool:
-    """Whether a scale of the group's input has a place; the reason why not goes into `done`."""
+def may_scale(model: nn.Module, group: Group, insert: bool, done: Scaled, quantized: Collection[str]) -> bool:
+    """Whether a scale of the group's input has a place and a use; the reason why not goes into `done`."""
     title = ", ".join(group.names)
-    if not all(isinstance(model.get_submodule(name), nn.Linear) for name in group.names):
+    if not any(name in quantized for name in group.names):
+        done.left_out[title] = "stays float"
+    elif not all(isinstance(model.get_submodule(name), nn.Linear) for name in group.names):
         done.left_out[title] = "a convolution reads it"
     elif group.fixed:
         done.left_out[title] = group.fixed

@@ -20,7 +20,7 @@ from s2d_deploy.errors import ModelError, RecipeError
 from s2d_deploy.fake_quant import FakeQuantizer
 from s2d_deploy.formats import tensor_scale
 from s2d_deploy.ptq.folding import Unchanged, reader_groups
-from s2d_deploy.ptq.input_transform import ChannelScale, load_changes, save_changes
+from s2d_deploy.ptq.input_transform import NAME, ChannelScale, load_changes, save_changes
 from s2d_deploy.ptq.passes import Context, parse_steps, run_passes
 from s2d_deploy.ptq.presets import preset
 from s2d_deploy.ptq.smoothquant import quantized_rows, smoothing_factors
@@ -278,3 +278,33 @@ def test_rows_on_an_nvfp4_grid_are_what_the_quantizer_of_their_own_site_gives():
     rows = torch.randn(20, 32, generator=torch.Generator().manual_seed(3)) * 7
     own = replace(site, tensor_scale=tensor_scale(rows.abs().max()))
     assert torch.equal(quantized_rows(rows, site, QuantizeConfig()), FakeQuantizer.of(own)(rows))
+
+
+@pytest.mark.parametrize("entry", [{"smoothquant": {"insert": True}}, {"awq": {"insert": True}}], ids=["smooth", "awq"])
+def test_layers_that_stay_float_get_no_product(entry):
+    model, batch = bert(), sentences()
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.output.LayerNorm.weight[5] = 30.0
+            layer.attention.output.LayerNorm.weight[7] = 30.0
+    ops = discover(model, {n: t[:1] for n, t in batch.items()}, HIDDEN)
+    config = QuantizeConfig(skip=("*intermediate*", "*layer.1.attention.self.query"))
+    done = run_passes(model, ops, "w4a4", parse_steps([entry]), Context(lambda: [batch], HIDDEN, config))
+    found = {n for n, m in done.model.named_modules() if hasattr(m, NAME)}
+    assert found  # something was inserted
+    assert not [n for n in found if "intermediate" in n or n.endswith("layer.1.attention.self.query")]
+    told = done.plan.info[next(iter(entry))]
+    assert told["left_out"]["encoder.layer.0.intermediate.dense"] == "stays float"
+    assert all(f"{n}.input" in done.plan.sites for title in told["inserted"] for n in title.split(", "))
+    before = hidden(model, batch)
+    assert (hidden(done.model, batch) - before).abs().max() < 1e-5 * before.abs().max()
+
+
+def test_a_skip_pattern_that_matches_nothing_is_found_before_any_work():
+    model, batch = vit(layers=1), images()
+    said: list[str] = []
+    context = Context(lambda: [batch], HIDDEN, QuantizeConfig(skip=("*.fc3",)), progress=said.append)
+    ops = discover(model, {n: t[:1] for n, t in batch.items()}, HIDDEN)
+    with pytest.raises(RecipeError, match=r"quantize.skip: '\*\.fc3' matches no layer"):
+        run_passes(model, ops, "w4a4", parse_steps(["smoothquant"]), context)
+    assert said == ["smoothquant"]
