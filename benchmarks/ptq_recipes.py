@@ -64,7 +64,7 @@ RECIPES: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "flatquant-erq-norm": (
         [
             {"flatquant": {"iterations": 150}},
-            {"erq": {"activation_ridge": 0.3, "weight_ridge": 0.1}},
+            "erq",
             "norm_tweaking",
         ],
         {},
