@@ -362,10 +362,11 @@ def _dequantize_codes(
     size = getattr(site.grid.granularity, "size", None)
     if size is not None:
         attributes["block_size"] = size
+    # Not np.ascontiguousarray, which would give a scale of the whole tensor an axis.
     inputs = [
-        _initializer(graph, f"{site.name}.codes", np.ascontiguousarray(codes).astype(dtype), container),
-        _initializer(graph, f"{site.name}.scale", np.ascontiguousarray(scale), ir.DataType.FLOAT),
-        _initializer(graph, f"{site.name}.zero_point", np.ascontiguousarray(zero_point).astype(dtype), container),
+        _initializer(graph, f"{site.name}.codes", np.asarray(codes, order="C").astype(dtype), container),
+        _initializer(graph, f"{site.name}.scale", np.asarray(scale, order="C"), ir.DataType.FLOAT),
+        _initializer(graph, f"{site.name}.zero_point", np.asarray(zero_point, order="C").astype(dtype), container),
     ]
     return _like(like, "DequantizeLinear", inputs, attributes)
 
