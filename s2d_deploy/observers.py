@@ -26,6 +26,8 @@ WeightMethod = Literal["absmax", "percentile", "mse"]
 Method = Literal["absmax", "percentile", "mse", "entropy"]
 HALF_BINS = 16384
 _ENTROPY_BINS = 2048
+# Values looked at together: their float64 squares still lie in a processor's cache.
+_PART = 1 << 17
 # Below this magnitude bins would be narrower than FP32 can divide by; such values lie in the bins beside zero.
 _LEAST_LIMIT = 2.0**-100
 _RATIOS = torch.linspace(1.0, 0.02, 197, dtype=torch.float64)
@@ -76,12 +78,15 @@ class Histogram:
         if largest > 0:
             # The upper edge is exclusive, so a magnitude that is itself a power of two needs the next one.
             self._grow(max(2.0 ** math.frexp(largest)[1], _LEAST_LIMIT))
-        width = (self.limit or 1.0) / HALF_BINS
-        index = torch.floor(values / width).to(torch.int64).add_(HALF_BINS).clamp_(0, 2 * HALF_BINS - 1)
-        self.counts += torch.bincount(index, minlength=2 * HALF_BINS)
+        bins_per_unit = HALF_BINS / (self.limit or 1.0)  # a power of two: the product is as exact as the quotient
         self.total += values.numel()
-        exact = values.to(torch.float64)
-        self.power += torch.stack([(exact**p).sum() for p in (1, 2, 3, 4)])
+        for start in range(0, values.numel(), _PART):
+            part = values[start : start + _PART]
+            index = (part * bins_per_unit).floor_().add_(HALF_BINS).clamp_(0, 2 * HALF_BINS - 1).to(torch.int32)
+            self.counts += torch.bincount(index, minlength=2 * HALF_BINS)
+            exact = part.to(torch.float64)
+            square = exact.square()
+            self.power += torch.stack([exact.sum(), square.sum(), square @ exact, square @ square])
 
     def _grow(self, limit: float) -> None:
         if self.limit == 0.0:
@@ -178,7 +183,8 @@ def activation_parameters(
         limit *= _best_ratio(histogram, grid, low, high)
     elif method == "entropy":
         limit = entropy_limit(histogram, grid)
-    return _parameters(grid, max(low, -limit), min(high, limit))
+    ends = torch.tensor([max(low, -limit), min(high, limit)], dtype=torch.float64)
+    return _parameters(grid, ends[0], ends[1])
 
 
 def entropy_limit(histogram: Histogram, grid: Grid) -> float:
@@ -251,32 +257,38 @@ def _formatted_parameters(histogram: Histogram, grid: Grid, method: Method, perc
     return best, zero_point
 
 
-def _parameters(grid: Grid, low: float, high: float) -> tuple[Tensor, Tensor]:
+def _parameters(grid: Grid, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 scales and int32 zero points of the float64 ranges from `low` to `high`, elementwise."""
     if grid.symmetric:
         divisor = -grid.qmin if grid.signed and grid.scale_rule == "qmin" else grid.qmax
-        scale = torch.tensor(max(-low, high) / divisor, dtype=torch.float32)
-        zero_point = 0
+        scale = (torch.maximum(-low, high) / divisor).float()
+        zero_point = torch.zeros_like(low)
     else:
-        scale = torch.tensor((high - low) / (grid.qmax - grid.qmin), dtype=torch.float32)
-        zero_point = min(max(round(grid.qmin - low / float(scale)), grid.qmin), grid.qmax) if scale > 0 else 0
-    if not scale > torch.finfo(torch.float32).tiny:  # a denormal scale would divide to infinity
-        return torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)
-    return scale, torch.tensor(zero_point, dtype=torch.int32)
+        scale = ((high - low) / (grid.qmax - grid.qmin)).float()
+        zero_point = torch.round(grid.qmin - low / scale.double()).clamp(grid.qmin, grid.qmax)
+    usable = scale > torch.finfo(torch.float32).tiny  # a denormal scale would divide to infinity
+    return scale.where(usable, torch.ones(())), zero_point.where(usable, torch.zeros_like(low)).int()
 
 
 def _best_ratio(histogram: Histogram, grid: Grid, low: float, high: float) -> float:
     filled = histogram.counts > 0
     centers = histogram.centers()[filled].clamp(histogram.low, histogram.high)
     weight = histogram.counts[filled].to(torch.float64)
-    best, best_error = 1.0, math.inf
-    for ratio in _RATIOS.tolist():
-        limit = histogram.absmax * ratio
-        scale, zero_point = (float(p) for p in _parameters(grid, max(low, -limit), min(high, limit)))
-        code = (torch.round(centers / scale) + zero_point).clamp(grid.qmin, grid.qmax)
-        error = float((weight * ((code - zero_point) * scale - centers) ** 2).sum())
-        if error < best_error:
-            best, best_error = ratio, error
-    return best
+    limit = histogram.absmax * _RATIOS
+    scale, zero_point = _parameters(grid, (-limit).clamp(min=low), limit.clamp(max=high))
+    scale = scale.double()[:, None]
+    # Values of the codes, (ratios, codes). Centres ascend, so those that one code takes are a run of them, and the
+    # run's error follows from running sums: sum w (v - x)^2 = v^2 sum w - 2 v sum w x + sum w x^2.
+    steps = torch.arange(grid.qmin, grid.qmax + 1) - zero_point[:, None]
+    value = steps * scale
+    ends = torch.searchsorted(centers, (steps[:, :-1] + 0.5) * scale)
+    ends = torch.nn.functional.pad(torch.nn.functional.pad(ends, (1, 0)), (0, 1), value=len(centers))
+
+    def of_runs(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(torch.cumsum(x, 0), (1, 0))[ends].diff(dim=1)
+
+    error = (value * (value * of_runs(weight) - 2 * of_runs(weight * centers))).sum(dim=1)
+    return float(_RATIOS[int(error.argmin())])
 
 
 def weight_parameters(
@@ -321,30 +333,43 @@ def weight_parameters(
     limit = limit.reshape(shape)
     of_tensor = weight_tensor_scale(w, grid)
     if grid.integer:
-        limit = limit / (-grid.qmin if grid.scale_rule == "qmin" else grid.qmax)
-
-    def scale_of(ratio: float) -> Tensor:
-        # `limit` is the scale itself on an integer grid, and a magnitude on an FP4 grid, whose scales are rounded.
-        return _usable(limit * ratio) if grid.integer else formats.block_scale(limit * ratio, grid, of_tensor)
-
-    def fake_quantized(s: Tensor) -> Tensor:
-        if grid.integer:
-            return torch.round(w / s).clamp_(grid.qmin, grid.qmax).mul_(s)
-        return formats.decode(formats.encode(w / s, grid), grid).mul_(s)
-
-    scale = scale_of(1.0)
-    if method == "mse":
-        best_error = torch.full(shape, math.inf)
-        best = scale.clone()
-        ratios = _WEIGHT_RATIOS if grid.integer else _FP4_RATIOS
-        for ratio in ratios.to(torch.float32).tolist():
-            candidate = scale_of(ratio)
-            squared = (fake_quantized(expand_parameter(candidate, w, grid)) - w).square_()
-            error = _reduce(squared, grid, lambda groups: groups.sum(dim=1)).reshape(shape)
-            better = error < best_error
-            best, best_error = torch.where(better, candidate, best), torch.where(better, error, best_error)
-        scale = best
+        unit = limit / (-grid.qmin if grid.scale_rule == "qmin" else grid.qmax)
+        scale = _least_squares(w, unit, grid) if method == "mse" else _usable(unit)
+    else:
+        scale = _fp4_scale(w, limit, grid, of_tensor, _FP4_RATIOS if method == "mse" else torch.ones(1))
     return scale, torch.zeros(shape, dtype=torch.int32)
+
+
+def _least_squares(w: Tensor, unit: Tensor, grid: Grid) -> Tensor:
+    """Of 71 ratios times `unit`, each group's scale with the smallest squared error; a part of the groups at a time."""
+    groups = _grouped(w, grid)
+    units, found = unit.reshape(-1, 1), []
+    rows = max(_PART // groups.shape[1], 1)
+    for start in range(0, len(groups), rows):
+        part, of_part = groups[start : start + rows], units[start : start + rows]
+        best, least = _usable(of_part), torch.full_like(of_part, math.inf)
+        error = torch.empty_like(part)
+        for ratio in _WEIGHT_RATIOS.to(torch.float32).tolist():
+            candidate = _usable(of_part * ratio)
+            torch.div(part, candidate, out=error).round_().clamp_(grid.qmin, grid.qmax).mul_(candidate).sub_(part)
+            total = error.square_().sum(dim=1, keepdim=True)
+            better = total < least
+            best, least = torch.where(better, candidate, best), torch.where(better, total, least)
+        found.append(best)
+    return torch.cat(found).reshape(unit.shape)
+
+
+def _fp4_scale(w: Tensor, limit: Tensor, grid: Grid, of_tensor: Tensor | None, ratios: Tensor) -> Tensor:
+    """Of `ratios` times the blocks' magnitudes, rounded to the scale format, those with the smallest squared error."""
+    best, least = torch.ones_like(limit), torch.full_like(limit, math.inf)
+    for ratio in ratios.to(torch.float32).tolist():
+        candidate = formats.block_scale(limit * ratio, grid, of_tensor)
+        full = expand_parameter(candidate, w, grid)
+        squared = (formats.decode(formats.encode(w / full, grid), grid).mul_(full) - w).square_()
+        error = _reduce(squared, grid, lambda groups: groups.sum(dim=1)).reshape(limit.shape)
+        better = error < least
+        best, least = torch.where(better, candidate, best), torch.where(better, error, least)
+    return best
 
 
 def weight_tensor_scale(weight: Tensor, grid: Grid) -> Tensor | None:
@@ -371,11 +396,16 @@ def _usable(scale: Tensor) -> Tensor:
 
 def _reduce(x: Tensor, grid: Grid, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply `reduce` to ``(groups, members)``; groups in the order of the flattened scale tensor."""
+    return reduce(_grouped(x, grid))
+
+
+def _grouped(x: Tensor, grid: Grid) -> Tensor:
+    """``(groups, members)``: the elements that share a scale."""
     g = grid.granularity
     if isinstance(g, PerAxis):
-        return reduce(x.movedim(g.axis, 0).flatten(1))
+        return x.movedim(g.axis, 0).flatten(1)
     if isinstance(g, PerBlock):
         axis = g.axis % x.dim()
         blocks = x.reshape(*x.shape[:axis], x.shape[axis] // g.size, g.size, *x.shape[axis + 1 :])
-        return reduce(blocks.movedim(axis + 1, -1).reshape(-1, g.size))
-    return reduce(x.reshape(1, -1))
+        return blocks.movedim(axis + 1, -1).reshape(-1, g.size)
+    return x.reshape(1, -1)
