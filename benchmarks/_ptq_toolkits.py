@@ -1,10 +1,11 @@
 """What is compared by `ptq_peers.py`: every quantizer as one function, float model -> something that runs.
 
 Ours starts from the torch module and ends as the simulation, or as the artifact that ONNX Runtime executes. The peers
-get what they are made for: modelopt the torch module (its result is fake-quantized torch), ONNX Runtime's and NNCF's
-quantizers the FP32 ONNX export of the same module (their results run on ONNX Runtime and OpenVINO). All see the same
-calibration samples; NNCF one at a time, as it asks for, the others in batches. Each keeps its own defaults, but for the
-block size of INT4, and what would make another format of it: embeddings stay float, every Linear has four bits.
+get what they are made for: modelopt the torch module (its result is fake-quantized torch), ONNX Runtime's quantizers
+the FP32 ONNX export of the same module, NNCF what OpenVINO itself converts the module into (of an ONNX file its GPTQ
+refuses the weights' layout, and its scale estimation destroyed both models that it was tried on). All see the same
+calibration samples; NNCF one at a time, as it asks for, the others in batches. Each keeps its own defaults, but for
+the block size of INT4, and what would make another format of it: embeddings stay float, every Linear has four bits.
 
 `seconds` is from float model and data to quantized model, calibration included; writing a runtime's file is apart
 (`export_seconds`), and so are imports, loading a session and the held-out samples.
@@ -109,6 +110,26 @@ class Bench:
 
     def __init__(self, evidence: Evidence, folder: Path, threads: int, block: int, seed: int) -> None:
         self.evidence, self.folder, self.threads, self.block, self.seed = evidence, folder, threads, block, seed
+        # Our own passes change how a module's attention is called; peers get it as transformers loads it.
+        self.original = copy.deepcopy(evidence.module)
+        self.only_seconds = False
+        self._kept: dict[str, tuple[Quantized, tuple[float, float]]] = {}
+
+    def next_round(self, only_seconds: bool) -> None:
+        """Forget what was quantized; where only seconds are asked for, ours makes nothing that could run."""
+        self.only_seconds = only_seconds
+        self._kept.clear()
+
+    def quantized(
+        self, form: Format, passes: list[Any], keys: Mapping[str, Any]
+    ) -> tuple[Quantized, tuple[float, float]]:
+        """Our recipe, once a round (the simulation and the artifact share it), and its seconds."""
+        key = repr((form, passes, keys))
+        if key not in self._kept:
+            clock = Clock()
+            made = _quantized(self, form, passes, keys)
+            self._kept[key] = made, clock.stop()
+        return self._kept[key]
 
     @property
     def sample(self) -> dict[str, Any]:
@@ -139,6 +160,18 @@ class Bench:
         plan = Plan(BASELINE, {})
         load_exporter()(self.evidence.module, plan, self.sample, [self.evidence.output], path, dynamic=self.dynamic)
         return path, time.perf_counter() - start
+
+    def openvino_model(self, onnx: bool) -> tuple[Any, float]:
+        """The float model for OpenVINO, a new one each time, and the seconds that conversion or export took."""
+        import openvino
+
+        if onnx:
+            path, seconds = self.float_onnx
+            return openvino.Core().read_model(path), seconds
+        start = time.perf_counter()
+        with quiet():
+            model = openvino.convert_model(copy.deepcopy(self.original), example_input=self.sample)
+        return model, time.perf_counter() - start
 
 
 class Clock:
@@ -178,12 +211,12 @@ def ours(
         from s2d_deploy.evaluate import torch_run
         from s2d_deploy.simulation import simulate
 
-        clock = Clock()
-        quantized = _quantized(bench, form, passes, keys)
-        spent = clock.stop()
+        quantized, spent = bench.quantized(form, passes, keys)
         layers = sum(f"{name}.weight" in quantized.plan.sites for name in quantized.plan.ops)
         pairs = [op for op in quantized.plan.ops.values() if op.kind in ("scores", "context")]
         products = sum(all(site in quantized.plan.sites for site, _ in op.sites) for op in pairs)
+        if bench.only_seconds:
+            return Made(_nothing, *spent, layers, products)
         if not executed:
             run = torch_run(simulate(quantized.model, quantized.plan).eval(), bench.evidence.output)
             return Made(run, *spent, layers, products)
@@ -193,6 +226,10 @@ def ours(
 
     needs = ("onnxruntime",) if executed else ()
     return Candidate(name, form, True, executed, how, make, needs)
+
+
+def _nothing(feeds: Mapping[str, Array]) -> dict[str, Array]:
+    raise RuntimeError(f"only seconds were asked for, not outputs of {', '.join(feeds)}")
 
 
 def _quantized(bench: Bench, form: Format, passes: list[Any], keys: Mapping[str, Any]) -> Quantized:
@@ -252,7 +289,7 @@ def modelopt(name: str, form: Format, config: str, how: str, counterpart: str, m
 
         clock = Clock()
         with quiet():
-            model = mtq.quantize(copy.deepcopy(bench.evidence.module), chosen, loop)
+            model = mtq.quantize(copy.deepcopy(bench.original), chosen, loop)
         spent = clock.stop()
         return Made(torch_run(model, bench.evidence.output), *spent, *_modelopt_layers(model, form))
 
@@ -424,20 +461,18 @@ def _qdq_layers(path: Path) -> tuple[int, int]:
 # ---- NNCF on OpenVINO ---------------------------------------------------------------------------------------
 
 
-def nncf(name: str, form: Format, how: str, counterpart: str, **keys: Any) -> Candidate:
-    """`nncf.quantize` for INT8, `nncf.compress_weights` for INT4, of the OpenVINO model."""
+def nncf(name: str, form: Format, how: str, counterpart: str, *, onnx: bool = False, **keys: Any) -> Candidate:
+    """`nncf.quantize` for INT8, `nncf.compress_weights` for INT4; of the OpenVINO model, or of the ONNX file."""
 
     def make(bench: Bench) -> Made:
         with quiet():
             import nncf as toolkit
             import openvino
-        source, exported = bench.float_onnx
-        core = openvino.Core()
-        core.set_property("CPU", {"INFERENCE_NUM_THREADS": bench.threads})
+        model, exported = bench.openvino_model(onnx)
         samples = list(bench.feeds(1))
         clock = Clock()
         with quiet():
-            model, dataset = core.read_model(source), toolkit.Dataset(samples)
+            dataset = toolkit.Dataset(samples)
             if form == "int8":
                 model = toolkit.quantize(
                     model, dataset, model_type=toolkit.ModelType.TRANSFORMER, subset_size=len(samples), **keys
@@ -465,12 +500,12 @@ def nncf(name: str, form: Format, how: str, counterpart: str, **keys: Any) -> Ca
             # And it would round the inputs of compressed layers to INT8 in groups: W4A8, not W4A16.
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         }
-        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
         names, output = {i.get_any_name() for i in model.inputs}, bench.evidence.output
 
         def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
             request.infer({k: v for k, v in feeds.items() if k in names})
-            return {output: request.get_output_tensor(0).data.copy()}
+            return {output: request.get_tensor(output).data.copy()}
 
         return Made(run, *spent, *_openvino_layers(model, form), exported)
 

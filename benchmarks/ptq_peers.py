@@ -81,6 +81,7 @@ CANDIDATES: tuple[Candidate, ...] = (
         "int8_smoothquant",
     ),
     nncf("nncf", "int8", "quantize, TRANSFORMER, fast bias correction; OpenVINO", "int8_smoothquant@ort"),
+    nncf("nncf-onnx", "int8", "the same, of the ONNX file; OpenVINO", "int8_smoothquant@ort", onnx=True),
     nncf(
         "nncf-bias",
         "int8",
@@ -125,9 +126,17 @@ CANDIDATES: tuple[Candidate, ...] = (
         "ort-rtn-sym", "MatMulNBits, default, symmetric", "int4@ort", nbits_config("Default", is_symmetric=True), True
     ),
     ort_nbits("ort-hqq", "MatMulNBits, HQQ, asymmetric", "int4_gptq@ort", nbits_config("HQQ"), False),
+    ort_nbits("ort-gptq-sym", "MatMulNBits, GPTQ, symmetric", "int4_gptq@ort", nbits_config("GPTQ"), True),
     ort_nbits("ort-kquant", "MatMulNBits, k-quant, asymmetric", "int4_gptq@ort", nbits_config("KQuant"), False),
     ort_nbits("ort-gptq", "MatMulNBits, GPTQ, asymmetric", "int4_gptq@ort", nbits_config("GPTQ"), False),
     nncf("nncf-int4", "int4", "compress_weights INT4_SYM; OpenVINO", "int4@ort"),
+    nncf(
+        "nncf-int4-scale",
+        "int4",
+        "compress_weights INT4_SYM, scale estimation; OpenVINO",
+        "int4@ort",
+        scale_estimation=True,
+    ),
     nncf("nncf-int4-awq", "int4", "compress_weights INT4_SYM, AWQ; OpenVINO", "int4_awq@ort", awq=True),
     nncf(
         "nncf-int4-awq-scale",
@@ -180,6 +189,7 @@ def measure(candidates: Sequence[Candidate], bench: Bench, rounds: int) -> dict[
     """Quantize with every candidate in turn, `rounds` times; accuracy is measured in the first round."""
     rows = {c.name: Row() for c in candidates}
     for turn in range(rounds):
+        bench.next_round(only_seconds=turn > 0)
         order = candidates if turn % 2 == 0 else list(reversed(candidates))
         for candidate in order:
             row = rows[candidate.name]
@@ -376,7 +386,7 @@ def arguments_parser() -> argparse.ArgumentParser:
         "--candidates", nargs="+", choices=list(BY_NAME), default=list(BY_NAME), metavar="NAME", help=", ".join(BY_NAME)
     )
     parser.add_argument("--block", type=_common.positive, help="of INT4 (default: the largest up to 128 that fits)")
-    parser.add_argument("--rounds", type=_common.positive, default=3)
+    parser.add_argument("--rounds", type=_common.positive, default=2)
     return parser
 
 
