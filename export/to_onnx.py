@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from s2d_deploy import __version__
 from s2d_deploy.errors import ModelError, UnsupportedError, message
 from s2d_deploy.fake_quant import quantize
-from s2d_deploy.grid import Grid, PerToken
+from s2d_deploy.grid import Grid, PerAxis, PerToken
 from s2d_deploy.plan import Plan, Site
 from s2d_deploy.simulation import simulate
 
@@ -220,14 +220,18 @@ def _pair(  # type: ignore[no-untyped-def]
     container = _STORAGE[grid.storage][0]
     attributes = {} if axis is None else {"axis": axis} if block is None else {"axis": axis, "block_size": block}
     typed = op21.Cast(zero_point, to=container.value)
-    if bits not in (4, 8) or narrow:
+    if axis is None and _wider_container(grid):  # an axis: see `_clip_channels`
         offset = op21.Cast(zero_point, to=ir.DataType.FLOAT.value)
         lower = op21.Mul(op21.Sub(op21.Constant(value_float=float(grid.qmin)), offset), scale)
         upper = op21.Mul(op21.Sub(op21.Constant(value_float=float(grid.qmax)), offset), scale)
-        if axis is None:
-            x = op21.Clip(x, lower, upper)
+        x = op21.Clip(x, lower, upper)
     codes = op21.QuantizeLinear(x, scale, typed, **attributes)
     return op21.DequantizeLinear(codes, scale, typed, **attributes)
+
+
+def _wider_container(grid: Grid) -> bool:
+    """Whether codes beyond the grid's fit into the ONNX type that holds it."""
+    return grid.bits not in (4, 8) or grid.narrow
 
 
 def _token_pair(x, bits: int):  # type: ignore[no-untyped-def]
@@ -247,6 +251,7 @@ def _bring_into_common_form(model: ir.Model, plan: Plan) -> None:
     graph = model.graph
     _split_gemm(graph)
     _store_weight_codes(graph, plan)
+    _clip_channels(graph, plan)
     _type_zero_points(graph)
     _share_equal_quantizers(graph)
     _drop_unused(graph)
@@ -369,6 +374,30 @@ def _dequantize_codes(
         _initializer(graph, f"{site.name}.zero_point", np.asarray(zero_point, order="C").astype(dtype), container),
     ]
     return _like(like, "DequantizeLinear", inputs, attributes)
+
+
+def _clip_channels(graph: ir.Graph, plan: Plan) -> None:
+    """Keep activations with a scale for each channel on a grid that is narrower than its container.
+
+    Clip takes scalar bounds only, so it is a Min and a Max with a bound for each channel. (Weights have none of this:
+    their codes are stored.)
+    """
+    for node in list(graph):
+        site = plan.sites.get(_owner(node).removesuffix("_quantizer")) if node.op_type == "QuantizeLinear" else None
+        if site is None or not isinstance(site.grid.granularity, PerAxis) or not _wider_container(site.grid):
+            continue
+        x = node.inputs[0]
+        if x is None or x.shape is None:
+            raise ModelError(message(f"site {site.name!r}: torch does not say how many dimensions it has"))
+        spread = [1] * len(x.shape)
+        spread[site.grid.granularity.axis % len(spread)] = -1
+        for op_type, code in (("Min", site.grid.qmax), ("Max", site.grid.qmin)):
+            bound = ((code - site.zero_point) * site.scale).numpy().astype(np.float32).reshape(spread)
+            limit = _initializer(graph, f"{site.name}.{op_type.lower()}", bound, ir.DataType.FLOAT)
+            clipped = _like(node, op_type, [x, limit])
+            graph.insert_before(node, clipped)
+            x = clipped.outputs[0]
+        node.replace_input_with(0, x)
 
 
 def _type_zero_points(graph: ir.Graph) -> None:

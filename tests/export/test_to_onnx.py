@@ -15,7 +15,8 @@ from torch import nn
 from s2d_deploy.calibrate import calibrate
 from s2d_deploy.discovery import discover
 from s2d_deploy.errors import ModelError
-from s2d_deploy.plan import Plan
+from s2d_deploy.grid import Grid, PerAxis
+from s2d_deploy.plan import Plan, Site
 from s2d_deploy.qgraph import contractions, load_model, metadata
 from s2d_deploy.quantize import QuantizeConfig, build_plan
 from s2d_deploy.registry import load_runtime, load_target
@@ -319,3 +320,32 @@ def test_a_model_that_fixes_its_batch_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"fixes the batch size of x|torch cannot export this model"):
         export_onnx(model, Plan("fp32"), {"x": torch.ones(2, 4)}, ["y"], tmp_path / "m.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("grid", "clips"),
+    [
+        (Grid(6, granularity=PerAxis(-1)), True),
+        (Grid(8, narrow=True, granularity=PerAxis(-1)), True),
+        (Grid(8, granularity=PerAxis(-1)), False),
+        (Grid(5, False, False, granularity=PerAxis(2)), True),
+    ],
+)
+def test_channels_of_activations_on_an_odd_width_stay_on_their_grid(grid: Grid, clips: bool, tmp_path):
+    """A 6-bit code with a scale for each channel lies in INT8, which holds 40 as well: the bounds were dropped."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3)).eval()
+    batch = {"input": torch.randn(2, 5, 4) * 50}
+    op = discover(model, batch, "y")["0"]
+    plan = Plan("w8a8", {"0": op})
+    zero = torch.arange(4, dtype=torch.int32) * (0 if grid.symmetric else 7)
+    plan.add(Site("0.input", "0", "input", grid, torch.tensor([0.1, 1.0, 3.0, 0.5]), zero, "test"))
+    proto = export_onnx(model, plan, batch, ["y"], tmp_path / "model.onnx")
+    assert {"Min", "Max"}.issubset(n.op_type for n in proto.graph.node) == clips
+    quantizer = next(n for n in proto.graph.node if n.op_type == "QuantizeLinear")
+    codes = onnx.reference.ReferenceEvaluator(proto).run([quantizer.output[0]], {"input": batch["input"].numpy()})[0]
+    simulated = simulate(model, plan).eval()
+    with recorded_codes(simulated) as wanted:
+        simulated(**batch)
+    assert np.array_equal(codes.astype(np.int32), wanted["0.input"].numpy())
+    assert len(np.unique(codes)) > 8
