@@ -19,8 +19,10 @@ target runs them.
 beside a coarse one up to 1, GELU output a fine one for its short negative side; the coarse step is a power of two times
 the fine one. No integer kernel here runs such codes: simulation only, exporters refuse them by name.
 
-Not guaranteed: a better model. Each product is looked at alone, with the float model's inputs, on a sample. Layers that
-read one tensor (q, k, v) get scales of their own, so a deployed graph quantizes that tensor more than once.
+Layers that read one tensor (q, k, v) share one input scale, so that a deployed graph quantizes it once: it minimizes
+the sum of their metrics. (The paper gives each layer its own.)
+
+Not guaranteed: a better model. Products are looked at alone, with the float model's inputs, on a sample.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -45,7 +48,7 @@ from s2d_deploy.plan import Op, Site
 from s2d_deploy.producers import trace_producers
 from s2d_deploy.ptq import passes, ranges
 from s2d_deploy.ptq.activations import input_rows, real_tokens
-from s2d_deploy.ptq.folding import first_sample
+from s2d_deploy.ptq.folding import first_sample, reader_groups
 from s2d_deploy.ptq.passes import Batch, Context, Quantized
 
 logger = logging.getLogger(__name__)
@@ -78,12 +81,15 @@ class Product:
     Attributes:
         left: float32 ``(R, K)``, or ``(B, heads, T, D)`` for attention.
         right: float32 ``(N, K)``: the weight; or ``(B, heads, D, T)``, as attention multiplies it.
-        importance: float32 of the output's shape: squared gradients.
+        importance: float32 of the output's shape: squared gradients over `unit`.
+        unit: mean of the squared gradients; errors times their unit add up over products.
+        attention: whether it is one of attention's two.
     """
 
     left: Tensor
     right: Tensor
     importance: Tensor
+    unit: float
     attention: bool
 
     def multiply(self, left: Tensor, right: Tensor) -> Tensor:
@@ -116,16 +122,18 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
             )
         )
     twins = _twin_sites(model, plan.ops, context) if options.twin else {}
-    errors = {}
-    for start in range(0, len(ops), _OPS_AT_ONCE):
-        some = ops[start : start + _OPS_AT_ONCE]
-        seen = observe(model, some, context, options)
-        for number, op in enumerate(some):
-            context.progress(f"ptq4vit {start + number + 1} of {len(ops)}: {op.name}")
-            sites = {name: plan.sites[name] for name, _ in op.sites if name in plan.sites}
-            found, before, after = _search(seen.pop(op.name), op, sites, twins, options)
+    groups = _on_one_tensor(model, ops, plan.sites, first_sample(context.batches()))
+    errors, number = {}, 0
+    for some in _chunks(groups):
+        seen = observe(model, [op for group in some for op in group], context, options)
+        for group in some:
+            number += 1
+            title = ", ".join(op.name for op in group)
+            context.progress(f"ptq4vit {number} of {len(groups)}: {title}")
+            sites = {name: plan.sites[name] for op in group for name, _ in op.sites if name in plan.sites}
+            found, before, after = _search({op.name: seen.pop(op.name) for op in group}, group, sites, twins, options)
             plan.sites.update(found)
-            errors[op.name] = after / before if before > 0 else 1.0
+            errors[title] = after / before if before > 0 else 1.0
     for name, reason in left_out.items():
         logger.info("ptq4vit leaves out %s: %s", name, reason)
     plan.info["ptq4vit"] = {
@@ -153,6 +161,32 @@ def _free(site: Site) -> bool:
     """Whether the site's scales are searched: stored, for the tensor or for each output channel."""
     g = site.grid.granularity
     return isinstance(g, PerTensor) or (isinstance(g, PerAxis) and g.axis == 0 and site.role == "weight")
+
+
+def _on_one_tensor(
+    model: nn.Module, ops: Sequence[Op], sites: Mapping[str, Site], sample: Batch
+) -> list[tuple[Op, ...]]:
+    """`ops` in their order; Linears that read one tensor through equal quantizers are together."""
+    tensors = {name: i for i, group in enumerate(reader_groups(model, sample)) for name in group.names}
+    found: dict[object, list[Op]] = {}
+    for op in ops:
+        site = sites.get(f"{op.name}.input")
+        shared = op.kind == "linear" and op.name in tensors and site is not None and _free(site)
+        key = (tensors[op.name], site.grid, float(site.scale), int(site.zero_point)) if shared and site else op.name
+        found.setdefault(key, []).append(op)
+    return [tuple(group) for group in found.values()]
+
+
+def _chunks(groups: Sequence[tuple[Op, ...]]) -> Iterator[list[tuple[Op, ...]]]:
+    """Whole groups, as many as `_OPS_AT_ONCE` allows."""
+    some: list[tuple[Op, ...]] = []
+    for group in groups:
+        if some and sum(map(len, some)) + len(group) > _OPS_AT_ONCE:
+            yield some
+            some = []
+        some.append(group)
+    if some:
+        yield some
 
 
 def _twin_sites(model: nn.Module, ops: Mapping[str, Op], context: Context) -> dict[str, bool]:
@@ -268,60 +302,83 @@ def _joined(op: Op, parts: list[tuple[Tensor, Tensor, Tensor]], rows: int, gener
         if len({p[0].shape[1:] for p in parts}) > 1:  # sentences of different length: the first batch stands for all
             parts = parts[:1]
         a, b, weight = (torch.cat([p[i] for p in parts]) for i in range(3))
-        return Product(a, b, _scaled(weight), attention=True)
+        return Product(a, b, *_scaled(weight), attention=True)
     a, weight = torch.cat([p[0] for p in parts]), torch.cat([p[2] for p in parts])
     chosen = torch.randperm(a.shape[0], generator=generator)[:rows].sort().values
-    return Product(a[chosen], parts[0][1], _scaled(weight[chosen]), attention=False)
+    return Product(a[chosen], parts[0][1], *_scaled(weight[chosen]), attention=False)
 
 
-def _scaled(weight: Tensor) -> Tensor:
-    """Mean 1, so that squares of tiny gradients do not underflow; ones where the output does not depend on the op."""
+def _scaled(weight: Tensor) -> tuple[Tensor, float]:
+    """Mean 1, so that squares of tiny gradients do not underflow, and the mean that it had.
+
+    Ones and 0 where the output does not depend on the op.
+    """
     mean = float(weight.double().mean())
-    return (weight.double() / mean).float() if mean > 0 else torch.ones_like(weight)
+    return ((weight.double() / mean).float() if mean > 0 else torch.ones_like(weight)), mean
 
 
 # ---- the search ----------------------------------------------------------------------------------------------
 
 
 def _search(
-    seen: Product, op: Op, sites: dict[str, Site], twins: Mapping[str, bool], options: Options
+    seen: Mapping[str, Product],
+    ops: Sequence[Op],
+    sites: Mapping[str, Site],
+    twins: Mapping[str, bool],
+    options: Options,
 ) -> tuple[dict[str, Site], float, float]:
-    """Best sites of one op, and the metric with the given ones and with these."""
-    (left, _), (right, _) = op.sites
-    given = {left: seen.left, right: seen.right}
+    """Best sites of ops whose left operands share a scale, and the metric with the given ones and with these."""
+    given = {op.sites[side][0]: (seen[op.name].left, seen[op.name].right)[side] for op in ops for side in (0, 1)}
     current = dict(sites)
+    units = {op.name: seen[op.name].unit for op in ops}
+    whole = sum(units.values())
+    weights = {name: unit / whole if whole > 0 else 1.0 for name, unit in units.items()}
 
     def operand(name: str, site: Site | None) -> Tensor:
         if site is None:
             return given[name]
         return cast(Tensor, FakeQuantizer.of(site)(given[name])).detach()
 
+    def error(op: Op, chosen: Mapping[str, Site]) -> Tensor:
+        (left, _), (right, _) = op.sites
+        wrong = seen[op.name].error(operand(left, chosen.get(left)), operand(right, chosen.get(right)))
+        return wrong if len(ops) == 1 else wrong * weights[op.name]
+
     def total(chosen: Mapping[str, Site]) -> float:
-        return float(seen.error(operand(left, chosen.get(left)), operand(right, chosen.get(right))).sum())
+        return sum(float(error(op, chosen).sum()) for op in ops)
+
+    def changed_to(names: tuple[str, ...], involved: list[Op], others: dict[str, Site], candidate: Site) -> Tensor:
+        found = [error(op, others | _each(names, candidate, others)) for op in involved]
+        return found[0] if len(found) == 1 else torch.stack([f.sum() for f in found]).sum()
 
     before = total(current)
-    for name in [n for n in (left, right) if n in current and n in twins]:
-        start = _twin(current[name], given[name], signed=twins[name])
-        if start is not None:
-            current[name] = start
+    shared = tuple(op.sites[0][0] for op in ops)
+    # Weights first, as the paper's Algorithm 1.
+    slots = [names for names in (*((op.sites[1][0],) for op in ops), shared) if names[0] in current]
+    values = {names: torch.cat([given[n] for n in names]) if len(names) > 1 else given[names[0]] for names in slots}
+    for names in slots:
+        if names[0] in twins:
+            start = _twin(current[names[0]], values[names], signed=twins[names[0]])
+            current |= _each(names, start, current) if start is not None else {}
     for _ in range(options.rounds):
-        for name in (right, left):  # weights first, as the paper's Algorithm 1
-            site = current.get(name)
-            if site is None or not _free(site):
+        for names in slots:
+            if not _free(current[names[0]]):
                 continue
-            fixed = operand(left if name == right else right, current.get(left if name == right else right))
-
-            def error(candidate: Site, name: str = name, fixed: Tensor = fixed) -> Tensor:
-                mine = operand(name, candidate)
-                return seen.error(mine, fixed) if name == left else seen.error(fixed, mine)
-
-            current[name] = _best(site, given[name], error, options.candidates)
+            involved = [op for op in ops if any(name in names for name, _ in op.sites)]
+            errors = partial(changed_to, names, involved, dict(current))
+            best = _best(current[names[0]], values[names], errors, options.candidates)
+            current |= _each(names, best, current)
     changed = {
         name: replace(site, source="ptq4vit")
         for name, site in current.items()
         if site.grid != sites[name].grid or not torch.equal(site.scale, sites[name].scale)
     }
     return current | changed, before, total(current)
+
+
+def _each(names: Sequence[str], chosen: Site, current: Mapping[str, Site]) -> dict[str, Site]:
+    """`chosen`'s grid and scale for every one of `names`."""
+    return {n: replace(current[n], grid=chosen.grid, scale=chosen.scale, zero_point=chosen.zero_point) for n in names}
 
 
 def _best(site: Site, x: Tensor, error: Callable[[Site], Tensor], candidates: int) -> Site:
