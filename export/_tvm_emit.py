@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ._tvm_epilogue import Epilogue, Place
 from ._tvm_isa import Isa
-from ._tvm_kernels import float_kernel, integer_kernel
+from ._tvm_kernels import Geometry, float_kernel, integer_kernel
 from ._tvm_panels import Panels
 from ._tvm_products import Product
 
@@ -23,7 +24,8 @@ class Emitter:
 
     def __init__(self, builder: Any, isa: Isa) -> None:
         self.builder, self.isa = builder, isa
-        self._kernels: dict[tuple[object, ...], Any] = {}
+        self._kernels: dict[int, tuple[Any, Any]] = {}
+        self._names: dict[str, str] = {}
         self._placed: dict[tuple[object, ...], Any] = {}
 
     def start_function(self) -> None:
@@ -51,17 +53,17 @@ class Emitter:
         return self._combine(product, self._integers(product, left, right, params), None, None)
 
     def _integers(self, product: Product, left: Any, right: Any, params: dict[str, Any]) -> dict[str, Any]:
-        places = self._left_bytes(product, left)
-        packed = params["packed"] if product.right is None else self._pack_codes(product, right)
-        key = ("integer", product.panels, product.batch, product.rows, product.byte_zero)
-        if key not in self._kernels:
-            kernel = integer_kernel(self.isa, product.panels, product.batch, product.rows, product.byte_zero)
-            name = (
-                f"integer_{product.panels.bits}bit_{product.batch}x{product.rows}x{product.panels.k}x{product.panels.n}"
-            )
-            self._kernels[key] = self.builder.add_func(kernel, name)
-        shape = (product.batch, product.rows, product.panels.columns)
-        parts = {"acc": self._call(self._kernels[key], [places, packed], shape, "int32")}
+        places = self.left_bytes(product, left)
+        packed = params["packed"] if product.right is None else self.right_panels(product, right)
+        panels, batch, rows = product.panels, product.batch, product.rows
+        shape = (batch, rows, panels.n)
+        left = Place((batch, rows, panels.depth), (rows * panels.depth, 0, panels.depth, 0), "uint8")
+        out = Place(shape, (rows * panels.n, 0, panels.n, 1), "int32")
+        geometry = Geometry((batch, 1), rows, left, panels, product.byte_zero)
+        kernel = integer_kernel(self.isa, geometry, Epilogue(outputs=((-1, out),)))
+        function = self.add(kernel, geometry.name)
+        self.name_kernel(product.name, function)
+        parts = {"acc": self._call(function, [places, packed], shape, "int32")}
         if "correction" in params or product.right_correction:
             parts["sums"] = self._row_sums(product, places)
             parts["correction"] = params.get("correction")
@@ -69,10 +71,17 @@ class Emitter:
 
     def kernel_name(self, product: Product) -> str:
         """The compiled function's name that runs the product's inner loop."""
-        kind = "integer" if product.arithmetic == "integer" else "float"
-        zero = (product.byte_zero,) if kind == "integer" else ()
-        panels = product.panels if kind == "integer" else product.float_panels
-        return str(self._kernels[(kind, panels, product.batch, product.rows, *zero)].name_hint)
+        return self._names[product.name]
+
+    def add(self, kernel: Any, name: str) -> Any:
+        """The kernel as a function of the module; equal kernels (the same object) are one function."""
+        if id(kernel) not in self._kernels:
+            self._kernels[id(kernel)] = kernel, self.builder.add_func(kernel, name)
+        return self._kernels[id(kernel)][1]
+
+    def name_kernel(self, product: str, function: Any) -> None:
+        """Remember that `function` runs the inner loop of `product`."""
+        self._names[product] = str(function.name_hint)
 
     def _floats(self, product: Product, left: Any, right: Any, params: dict[str, Any]) -> Any:
         panels = product.float_panels
@@ -83,19 +92,18 @@ class Emitter:
             packed = params["packed"]
         else:
             packed = self._pack_floats(product, right)
-        key = ("float", panels, product.batch, product.rows)
-        if key not in self._kernels:
-            kernel = float_kernel(self.isa, panels, product.batch, product.rows)
-            name = f"float_{product.batch}x{product.rows}x{panels.k}x{panels.n}"
-            self._kernels[key] = self.builder.add_func(kernel, name)
-        out = self._call(self._kernels[key], [place, packed], (product.batch, product.rows, panels.columns), "float32")
+        kernel = float_kernel(self.isa, panels, product.batch, product.rows)
+        function = self.add(kernel, f"float_{product.batch}x{product.rows}x{panels.k}x{panels.n}")
+        self.name_kernel(product.name, function)
+        out = self._call(function, [place, packed], (product.batch, product.rows, panels.columns), "float32")
         if panels.columns == panels.n and product.window is None:
             return self._reshape(out, product.out_shape)
         return self._combine(product, {"acc": out}, None, None)
 
     # Left operands
 
-    def _left_bytes(self, product: Product, left: Any) -> Any:
+    def left_bytes(self, product: Product, left: Any) -> Any:
+        """Codes of the left operand as bytes, ``(batch, rows, depth)``."""
         panels = product.panels
         shape = (product.batch, product.rows, panels.depth)
         if not product.left_signed and panels.depth == panels.k and product.window is None and product.blocks == 1:
@@ -158,7 +166,8 @@ class Emitter:
 
     # Right operands
 
-    def _pack_codes(self, product: Product, right: Any) -> Any:
+    def right_panels(self, product: Product, right: Any) -> Any:
+        """Codes of an activation as the right operand, ``(batch, *panels.shape)`` int8."""
         shift = product.right_shift
         return self._pack(product, right, product.panels, "int8", lambda v: (v.astype("int32") - shift).astype("int8"))
 

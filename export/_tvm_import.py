@@ -7,7 +7,7 @@ true division, 4-bit codes one in each byte), LayerNormalization, Softmax, and f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,12 @@ from s2d_deploy.session import Array
 
 from . import _tvm_math as fast
 from ._tvm_emit import Emitter
+from ._tvm_epilogue import Epilogue, Place, Step
+from ._tvm_fusion import Unit, find_units
 from ._tvm_products import Product, Stored
 from ._tvm_rows import layer_norm_kernel, softmax_kernel
 from ._tvm_static import StaticGraph
+from ._tvm_units import UnitEmitter
 
 _RANGES = {"INT4": (-8, 7), "UINT4": (0, 15), "INT8": (-128, 127), "UINT8": (0, 255)}
 _INLINE = 16  # elements; larger float constants are parameters
@@ -54,7 +57,7 @@ class GraphImporter:
         self.builder = emitter.builder
         self.nodes = _live(graph, products)
 
-    def function(self, name: str, outputs: Iterable[str]) -> list[str]:
+    def function(self, name: str, outputs: Sequence[str]) -> list[str]:
         """Write a function of the graph's inputs and a tuple of parameters, that returns the values `outputs`.
 
         Returns:
@@ -75,8 +78,19 @@ class GraphImporter:
                         values[constant] = variables[constant]
                     elif constant in used:
                         values[constant] = relax.const(_plain(self.graph.array(constant), tensor.data_type))
+                units = find_units(self.graph, self.nodes, self.products, outputs)
+                last = {id(unit.nodes[-1]): unit for unit in units}
+                inside = {id(node) for unit in units for node in unit.nodes}
+                views = UnitEmitter(self.emitter, self.graph.shapes)
                 for node in self.nodes:
-                    self._convert(node, values, variables, delegate)
+                    if id(node) in last:
+                        self._unit(last[id(node)], values, variables, views)
+                    elif id(node) not in inside:
+                        self._need(node, values, views)
+                        self._convert(node, values, variables, delegate)
+                for value in outputs:
+                    if value not in values:
+                        values[value] = views.tensor(value)
                 results = [values[o] for o in outputs]
                 out = self.builder.emit_output(relax.Tuple(results))
             self.builder.emit_func_output(out)
@@ -154,6 +168,34 @@ class GraphImporter:
                 )
             ) from error
         values.update(zip(node.output, result, strict=False))
+
+    def _unit(self, unit: Unit, values: dict[str, Any], variables: dict[str, Any], views: UnitEmitter) -> None:
+        """A kernel with its epilogue."""
+        if unit.kind == "norm":
+            views.norm(unit, values, float(attributes(unit.node).get("epsilon", 1e-5)))
+            return
+        product, stored = self.products[unit.node.name]
+        params = {name.rsplit("::", 1)[1]: variables[name] for name in product_params(product, stored)}
+
+        def tensor(name: str | None) -> Callable[[], Any]:
+            def find() -> Any:
+                if name not in values:
+                    values[str(name)] = views.tensor(str(name))
+                return values[str(name)]
+
+            return find
+
+        views.product(unit, product, values, params, tensor(product.left), tensor(product.right))
+
+    def _need(self, node: onnx.NodeProto, values: dict[str, Any], views: UnitEmitter) -> None:
+        """Make tensors of the codes that `node` reads."""
+        names = list(node.input)
+        if node.name in self.products:
+            product = self.products[node.name][0]
+            names = [v for v in (product.left, product.right, product.token_scale, *node.input[2:]) if v]
+        for name in names:
+            if name not in values and name in views.views:
+                values[name] = views.tensor(name)
 
     def _product(self, node: onnx.NodeProto, values: dict[str, Any], variables: dict[str, Any]) -> Any:
         from tvm import relax
@@ -262,7 +304,10 @@ class GraphImporter:
             return None
         rows = int(np.prod(shape[:axis], dtype=np.int64))
         bias = inputs[2] if len(inputs) > 2 and inputs[2] is not None else _const(np.zeros(width, np.float32))
-        kernel = layer_norm_kernel(rows, width, float(values.get("epsilon", 1e-5)))
+        column, whole = Place((width,), (0, 0, 0, 1)), Place((rows, width), (0, 0, width, 1))
+        steps = (Step("Mul", (("value", 0), ("operand", 0))), Step("Add", (("value", 1), ("operand", 1))))
+        epilogue = Epilogue((column, column), steps, ((2, whole),))
+        kernel = layer_norm_kernel(rows, width, float(values.get("epsilon", 1e-5)), epilogue)
         flat = [self._flat(inputs[0], (rows, width)), self._flat(inputs[1], (width,)), self._flat(bias, (width,))]
         return [self._flat(self._kernel(kernel, f"layer_norm_{rows}x{width}", flat, (rows, width)), shape)]
 

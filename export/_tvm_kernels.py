@@ -1,185 +1,266 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, valid-type, misc"
-# (TVMScript: annotations are buffers, and the text is parsed by TVM, not run by Python)
-"""TensorIR kernels for matrix products: exact integers, and FP32.
+# (TVMScript in `float_kernel`: annotations are buffers, and the text is parsed by TVM, not run by Python)
+"""TensorIR kernels for products of codes: exact integers, and an epilogue on the register tile.
 
 One family, generated for an instruction set (`Isa`) and one shape: the right operand lies in panels (`Panels`), a task
 is one panel times some rows, and a register tile of `Isa.rows` rows times one panel's width walks over K. Tasks run in
-parallel; nothing is allocated but the unpacked panel of 4-bit weights.
+parallel; nothing is allocated but the unpacked panel of 4-bit weights and one tile.
 
-Integer kernels compute ``sum_k (a - zero) * b`` in int32, exactly: `a` are bytes without sign (signed codes plus 128,
-with `zero` 128 more), because the byte dot product wants them so, and ``-zero * sum_k b`` is what the accumulators
-start from. FP32 kernels sum in another order than other libraries do: they agree within a few ULPs, not bit for bit.
+Kernels compute ``sum_k (a - zero) * b`` in int32, exactly: `a` are bytes without sign (signed codes plus 128, with
+`zero` 128 more), because the byte dot product wants them so, and ``-zero * sum_k b`` is what the accumulators start
+from. What leaves a tile is decided by an `Epilogue`: the accumulators themselves, floats, or the next kernel's bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from ._tvm_builder import ir, loop, prim_func, ramp, splat, when
+from ._tvm_epilogue import Epilogue, Place, place_of, scratch_of, store
 from ._tvm_isa import Isa
 from ._tvm_panels import Panels
 
 _TASKS = 16  # enough for a few threads to share evenly, few enough that starting one costs nothing
-_SERIAL_BELOW = 1 << 20  # multiply-accumulates; waking another thread takes longer than such a product
+SERIAL_BELOW = 1 << 20  # multiply-accumulates; waking another thread takes longer than such a product
 
 
-def _cuts(tasks: int, tiles: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """One product of codes.
+
+    Attributes:
+        batch: independent products: outer, and inner (heads).
+        rows: M.
+        left: shape of the left operand's bytes, and elements from one batch, inner batch and row to the next; the
+            bytes of one row lie side by side, `panels.depth` of them.
+        panels: geometry of the right operand.
+        zero: what to subtract from the bytes of the left operand, 0 to 255.
+    """
+
+    batch: tuple[int, int]
+    rows: int
+    left: Place
+    panels: Panels
+    zero: int
+
+    @property
+    def name(self) -> str:
+        """Of the function, for people: bits of the right operand and the sizes."""
+        return f"integer_{self.panels.bits}bit_{self.products}x{self.rows}x{self.panels.k}x{self.panels.n}"
+
+    @property
+    def products(self) -> int:
+        """Number of independent products."""
+        return self.batch[0] * self.batch[1]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates, padding included."""
+        return self.products * self.rows * self.panels.depth * self.panels.columns
+
+
+def cuts_of(tasks: int, tiles: int) -> int:
     """Into how many runs of row tiles each panel's work is cut."""
     return max(1, min(tiles, -(-_TASKS // tasks)))
 
 
-def _outer_loop(work: int) -> Any:
-    from tvm.script import tirx as T
+class Tile:
+    """Writes the inner loops of a product: the register tile that walks over K."""
 
-    return T.parallel if work >= _SERIAL_BELOW else T.serial
+    def __init__(self, isa: Isa, geometry: Geometry) -> None:
+        self.isa, self.geometry, self.panels = isa, geometry, geometry.panels
+        self.vectors = self.panels.width // isa.lanes
+        self.line = self.panels.width * self.panels.group
+        self.step = isa.lanes * self.panels.group
+        self.runs = self.panels.shape[1]
+        self.i32 = f"int32x{isa.lanes}"
+
+    def _add(self, acc: Any, a: Any, at: Any, codes: Any) -> Any:
+        """`acc` plus `group` bytes of `a` at `at` times `codes`."""
+        from tvm import tirx
+
+        lanes = self.isa.lanes
+        if self.isa.dot is None:
+            return acc + splat(a[at].astype("int32"), lanes) * codes.astype(self.i32)
+        word = tirx.reinterpret("int32", a[ramp(at, 4)])
+        bytes_ = tirx.reinterpret(f"uint8x{4 * lanes}", splat(word, lanes))
+        return tirx.call_llvm_pure_intrin(self.i32, self.isa.dot, acc, bytes_, codes)
+
+    def _add_zero(self, acc: Any, codes: Any) -> Any:
+        from tvm import tirx
+
+        lanes, zero = self.isa.lanes, self.geometry.zero
+        if self.isa.dot is None:
+            return acc + splat(tirx.const(zero, "int32"), lanes) * codes.astype(self.i32)
+        return tirx.call_llvm_pure_intrin(
+            self.i32, self.isa.dot, acc, splat(tirx.const(zero, "uint8"), 4 * lanes), codes
+        )
+
+    def start(self, codes: Callable[[Any, int], Any], into: Any, base: Any = 0) -> None:
+        """What the accumulators of a panel start from: `width` elements of `into`, from `base` on."""
+        from tvm import tirx
+
+        b, lanes = ir(), self.isa.lanes
+        sums = b.alloc_buffer((self.panels.width,), "int32", scope="local")
+        nothing = splat(tirx.const(0, "int32"), lanes)
+        places = [(v, ramp(v * lanes, lanes)) for v in range(self.vectors)]
+        for _, at in places:
+            b.buffer_store(sums, nothing, [at])
+        if self.geometry.zero:
+            with b.serial(0, self.runs) as k:
+                for v, at in places:
+                    b.buffer_store(sums, self._add_zero(sums[at], codes(k, v)), [at])
+        for v, at in places:
+            b.buffer_store(into, nothing - sums[at], [ramp(base + v * lanes, lanes)])
+
+    def accumulate(
+        self, a: Any, row_starts: list[Any], start: Callable[[int], Any], codes: Callable[[Any, int], Any], out: Any
+    ) -> None:
+        """``out[r, :width] = start + sum_k a[row r, k] * codes[k, :]``, `out` being flat with rows of `width`."""
+        b, lanes, width = ir(), self.isa.lanes, self.panels.width
+        height = len(row_starts)
+        acc = b.alloc_buffer((height * width,), "int32", scope="local")
+        places = [(r, v, ramp(r * width + v * lanes, lanes)) for r in range(height) for v in range(self.vectors)]
+        for _, v, at in places:
+            b.buffer_store(acc, start(v), [at])
+        with b.serial(0, self.runs) as k:
+            for r, v, at in places:
+                b.buffer_store(acc, self._add(acc[at], a, row_starts[r] + k * self.panels.group, codes(k, v)), [at])
+        for _, _, at in places:
+            b.buffer_store(out, acc[at], [at])
+
+    def unpack(self, stored: Any, base: Any) -> Any:
+        """One panel of 4-bit codes, two a byte from flat `base` on, as signed bytes: a buffer of ``runs * line``."""
+        from tvm import tirx
+
+        b, step = ir(), self.step
+        panel = b.alloc_buffer((self.runs * self.line,), "int8")
+        eight, fifteen, four = (splat(tirx.const(x, "uint8"), step) for x in (8, 15, 4))
+
+        def signed(nibble: Any) -> Any:
+            """Two's complement of 4 bits, in a byte: ``(x ^ 8) - 8``."""
+            return tirx.reinterpret(f"int8x{step}", tirx.bitwise_xor(nibble, eight) - eight)
+
+        with b.serial(0, self.panels.stored_shape[1]) as k:
+            for v in range(self.line // step):
+                pair = stored[ramp(base + k * self.line + v * step, step)]
+                low, high = tirx.bitwise_and(pair, fifteen), tirx.shift_right(pair, four)
+                b.buffer_store(panel, signed(low), [ramp(k * 2 * self.line + v * step, step)])
+                b.buffer_store(panel, signed(high), [ramp((k * 2 + 1) * self.line + v * step, step)])
+        return panel
 
 
-@lru_cache(maxsize=512)  # TVM parses a kernel's text in 50 ms: equal layers share it
-def integer_kernel(isa: Isa, panels: Panels, batch: int, rows: int, zero: int) -> Any:
-    """``(batch, rows, depth) uint8 x (batch, *stored_shape) -> (batch, rows, columns) int32`` as a PrimFunc.
+@lru_cache(maxsize=512)
+def integer_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue) -> Any:
+    """left bytes, right panels, operands -> outputs, as a PrimFunc.
 
     Args:
         isa: the instruction set; its `group` is the panels'.
-        panels: geometry of the right operand; 4-bit codes are unpacked once for each panel and run of rows.
-        batch: number of independent products.
-        rows: M.
-        zero: what to subtract from the bytes of the left operand, 0 to 255.
+        geometry: of the product; the right operand is ``(products or 1, *stored_shape)``: stored weights (4-bit ones
+            are unpacked once for each panel and run of rows), or the panels of an activation.
+        epilogue: operands and outputs have the places that it says.
     """
-    from tvm.script import tirx as T
-
-    lanes, height, group, dot = isa.lanes, isa.rows, panels.group, isa.dot
-    count, runs, line = panels.shape
-    stored_runs = panels.stored_shape[1]
-    vectors, step = panels.width // lanes, lanes * panels.group
-    tiles, full, rest = -(-rows // height), rows // height, rows % height
-    cuts = _cuts(batch * count, tiles)
+    b, panels = ir(), geometry.panels
+    count = panels.count
+    tiles, full, rest = -(-geometry.rows // isa.rows), geometry.rows // isa.rows, geometry.rows % isa.rows
+    cuts = cuts_of(geometry.products * count, tiles)
     per_cut = -(-tiles // cuts)
-    i32, splat, codes = f"int32x{lanes}", f"uint8x{lanes * 4}", f"int8x{step}"
-    tasks = _outer_loop(batch * rows * panels.depth * panels.columns)
-    stored = "uint8" if panels.bits == 4 else "int8"
+    stored = (geometry.products, *panels.stored_shape)
+    arguments = [
+        ("a", geometry.left.shape, "uint8"),
+        ("b", stored, "uint8" if panels.bits == 4 else "int8"),
+        *((f"x{i}", place.shape, place.dtype) for i, place in enumerate(epilogue.operands)),
+        *((f"o{i}", place.shape, place.dtype) for i, (_, place) in enumerate(epilogue.outputs)),
+    ]
+    one_matrix = panels.stored_shape[0] * panels.stored_shape[1] * panels.stored_shape[2]
+    one_panel = panels.stored_shape[1] * panels.stored_shape[2]
 
-    def add(acc: Any, a: Any, n: Any, row: Any, k: Any, b: Any) -> Any:
-        """`acc` plus `group` bytes of row `row` times the codes `b`."""
-        if dot is None:
-            return acc + T.broadcast(T.Cast("int32", a[n, row, k]), lanes) * T.Cast(i32, b)
-        word = T.reinterpret("int32", a[n, row, T.ramp(k, 1, 4)])
-        return T.call_llvm_pure_intrin(i32, dot, acc, T.reinterpret(splat, T.broadcast(word, lanes)), b)
+    def body(a: Any, right: Any, *rest_of_them: Any) -> None:
+        operands = rest_of_them[: len(epilogue.operands)]
+        outputs = rest_of_them[len(epilogue.operands) :]
+        tile = Tile(isa, geometry)
+        with loop(geometry.macs, SERIAL_BELOW)(0, geometry.products * count * cuts) as task:
+            product, p, cut = task // (count * cuts), task // cuts % count, task % cuts
+            outer, inner = product // geometry.batch[1], product % geometry.batch[1]
+            base = product * one_matrix + p * one_panel
+            if panels.bits == 4:
+                panel = tile.unpack(right, base)
 
-    def add_zero(acc: Any, b: Any) -> Any:
-        if dot is None:
-            return acc + T.broadcast(T.int32(zero), lanes) * T.Cast(i32, b)
-        return T.call_llvm_pure_intrin(i32, dot, acc, T.broadcast(T.uint8(zero), lanes * 4), b)
+                def codes(k: Any, v: int) -> Any:
+                    return panel[ramp(k * tile.line + v * tile.step, tile.step)]
+            else:
 
-    def signed(nibble: Any) -> Any:
-        """Two's complement of 4 bits, in a byte: ``(x ^ 8) - 8``."""
-        eight = T.broadcast(T.uint8(8), step)
-        return T.reinterpret(codes, (nibble ^ eight) - eight)
+                def codes(k: Any, v: int) -> Any:
+                    return right[ramp(base + k * tile.line + v * tile.step, tile.step)]
 
-    @T.inline
-    def start_values(panel, start):
-        for v in T.unroll(vectors):
-            start[T.ramp(v * lanes, 1, lanes)] = T.broadcast(T.int32(0), lanes)
-        if zero != 0:
-            for k in T.serial(runs):
-                for v in T.unroll(vectors):
-                    start[T.ramp(v * lanes, 1, lanes)] = add_zero(
-                        start[T.ramp(v * lanes, 1, lanes)], panel[k, T.ramp(v * step, 1, step)]
-                    )
-            for v in T.unroll(vectors):
-                start[T.ramp(v * lanes, 1, lanes)] = T.broadcast(T.int32(0), lanes) - start[T.ramp(v * lanes, 1, lanes)]
+            start = b.alloc_buffer((panels.width,), "int32", scope="local")
+            tile.start(codes, start)
+            left = place_of(geometry.left, outer, inner, 0, 0)
+            out = b.alloc_buffer((isa.rows * panels.width,), "int32", scope="local")
 
-    @T.inline
-    def tile(a, panel, o, start, n, p, first, height_here):
-        acc = T.alloc_buffer((height * panels.width,), "int32", scope="local")
-        for r in T.unroll(height_here):
-            for v in T.unroll(vectors):
-                acc[T.ramp((r * vectors + v) * lanes, 1, lanes)] = start[T.ramp(v * lanes, 1, lanes)]
-        for k in T.serial(runs):
-            for r in T.unroll(height_here):
-                for v in T.unroll(vectors):
-                    acc[T.ramp((r * vectors + v) * lanes, 1, lanes)] = add(
-                        acc[T.ramp((r * vectors + v) * lanes, 1, lanes)],
-                        a,
-                        n,
-                        first + r,
-                        k * group,
-                        panel[k, T.ramp(v * step, 1, step)],
-                    )
-        for r in T.unroll(height_here):
-            for v in T.unroll(vectors):
-                o[n, first + r, T.ramp(p * panels.width + v * lanes, 1, lanes)] = acc[
-                    T.ramp((r * vectors + v) * lanes, 1, lanes)
-                ]
+            def rows(first: Any, height: int) -> None:
+                starts = [left + (first + r) * geometry.left.strides[2] for r in range(height)]
+                tile.accumulate(a, starts, lambda v: start[ramp(v * isa.lanes, isa.lanes)], codes, out)
+                with b.serial(0, height) as r:
+                    _finish(isa, geometry, epilogue, operands, outputs, out, (outer, inner, p, first + r), r)
 
-    @T.inline
-    def all_tiles(a, panel, o, n, p, cut):
-        start = T.alloc_buffer((panels.width,), "int32", scope="local")
-        start_values(panel, start)
-        for i in T.serial(per_cut):
-            if cut * per_cut + i < full:
-                tile(a, panel, o, start, n, p, (cut * per_cut + i) * height, height)
-            if rest != 0:  # noqa: SIM102 - decided while the kernel is generated; the inner one runs in it
-                if cut * per_cut + i == full:
-                    tile(a, panel, o, start, n, p, full * height, rest)
+            with b.serial(0, per_cut) as i:
+                at = cut * per_cut + i
+                if full:
+                    with when(at < full):
+                        rows(at * isa.rows, isa.rows)
+                if rest:
+                    with when(at == full):
+                        rows(full * isa.rows, rest)
 
-    if panels.bits == 4:
-
-        @T.prim_func(private=True, s_tir=True)
-        def kernel(
-            a: T.Buffer((batch, rows, panels.depth), "uint8"),
-            b: T.Buffer((batch, count, stored_runs, line), stored),
-            o: T.Buffer((batch, rows, panels.columns), "int32"),
-        ):
-            T.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
-            for task in tasks(batch * count * cuts):
-                panel = T.alloc_buffer((runs, line), "int8")
-                for k in T.serial(stored_runs):
-                    for v in T.unroll(line // step):
-                        pair = T.alloc_buffer((step,), "uint8", scope="local")
-                        pair[T.ramp(0, 1, step)] = b[
-                            task // (count * cuts), task // cuts % count, k, T.ramp(v * step, 1, step)
-                        ]
-                        panel[k * 2, T.ramp(v * step, 1, step)] = signed(
-                            pair[T.ramp(0, 1, step)] & T.broadcast(T.uint8(15), step)
-                        )
-                        panel[k * 2 + 1, T.ramp(v * step, 1, step)] = signed(
-                            T.shift_right(pair[T.ramp(0, 1, step)], T.broadcast(T.uint8(4), step))
-                        )
-                all_tiles(a, panel, o, task // (count * cuts), task // cuts % count, task % cuts)
-
-        return kernel
-
-    def panel_of(b: Any, n: Any, p: Any) -> Any:
-        return _View(b, n, p)
-
-    @T.prim_func(private=True, s_tir=True)
-    def kernel8(
-        a: T.Buffer((batch, rows, panels.depth), "uint8"),
-        b: T.Buffer((batch, count, stored_runs, line), stored),
-        o: T.Buffer((batch, rows, panels.columns), "int32"),
-    ):
-        T.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
-        for task in tasks(batch * count * cuts):
-            all_tiles(
-                a,
-                panel_of(b, task // (count * cuts), task // cuts % count),
-                o,
-                task // (count * cuts),
-                task // cuts % count,
-                task % cuts,
-            )
-
-    return kernel8
+    return prim_func(arguments, body)
 
 
-class _View:
-    """One panel of a packed operand, read like a buffer of its own."""
+def _finish(
+    isa: Isa,
+    geometry: Geometry,
+    epilogue: Epilogue,
+    operands: tuple[Any, ...],
+    outputs: tuple[Any, ...],
+    out: Any,
+    at: tuple[Any, Any, Any, Any],
+    r: Any,
+) -> None:
+    """Store row `r` of the tile `out`, whole vectors of it and, in the last panel, what is left of N one by one."""
+    panels, lanes = geometry.panels, isa.lanes
+    outer, inner, p, row = at
+    scratch = scratch_of(epilogue, lanes)
 
-    def __init__(self, buffer: Any, *prefix: Any) -> None:
-        self._buffer, self._prefix = buffer, prefix
+    def columns(first: Any, lane: Any) -> None:
+        column = p * panels.width + first + lane
+        store(
+            epilogue,
+            operands,
+            outputs,
+            out[r * panels.width + first + lane],
+            (outer, inner, row, column),
+            scratch,
+            lane,
+        )
 
-    def __getitem__(self, index: tuple[Any, ...]) -> Any:
-        return self._buffer[(*self._prefix, *index)]
+    each_vector(panels, lanes, p, columns)
+
+
+def each_vector(panels: Panels, lanes: int, p: Any, write: Callable[[int, Any], None]) -> None:
+    """``write(first, lane)`` for the whole vectors of panel `p`, then for what is left of N one by one."""
+    b = ir()
+    last = panels.n - (panels.count - 1) * panels.width  # columns of the last panel
+    for first in range(0, panels.width, lanes):
+        whole = first + lanes <= last
+        if whole or panels.count > 1:
+            with when(True if whole else p < panels.count - 1), b.vectorized(0, lanes) as lane:
+                write(first, lane)
+        if not whole and first < last:
+            with when(True if panels.count == 1 else p == panels.count - 1), b.serial(0, last - first) as lane:
+                write(first, lane)
 
 
 @lru_cache(maxsize=512)  # TVM parses a kernel's text in 50 ms: equal layers share it
@@ -191,9 +272,9 @@ def float_kernel(isa: Isa, panels: Panels, batch: int, rows: int) -> Any:
     count, runs, line = panels.shape
     vectors = panels.width // lanes
     tiles, full, rest = -(-rows // height), rows // height, rows % height
-    cuts = _cuts(batch * count, tiles)
+    cuts = cuts_of(batch * count, tiles)
     per_cut = -(-tiles // cuts)
-    tasks = _outer_loop(4 * batch * rows * panels.depth * panels.columns)
+    tasks = T.parallel if 4 * batch * rows * panels.depth * panels.columns >= SERIAL_BELOW else T.serial
 
     @T.inline
     def tile(a, b, o, n, p, first, height_here):

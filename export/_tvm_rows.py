@@ -1,6 +1,4 @@
-# mypy: disable-error-code="untyped-decorator, no-untyped-def, valid-type, misc"
-# (TVMScript: annotations are buffers, and the text is parsed by TVM, not run by Python)
-"""TensorIR kernels that work row by row: LayerNorm and softmax over the last axis, FP32.
+"""TensorIR kernels that work row by row: LayerNorm (with what follows it) and softmax over the last axis, FP32.
 
 Two passes for the variance (the mean first), the largest value subtracted before the exponential; rows run in parallel,
 the elements of a row in vectors, what is left over one by one.
@@ -8,117 +6,117 @@ the elements of a row in vectors, what is left over one by one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from ._tvm_math import exp
+from ._tvm_builder import ir, loop, prim_func
+from ._tvm_epilogue import Epilogue, scratch_of, store
+from ._tvm_math import exp_of_negative
 
-_LANES = 16
+LANES = 16
 _SERIAL_BELOW = 1 << 15  # elements; waking another thread takes longer than so many
 
 
-def _outer_loop(elements: int) -> Any:
-    from tvm.script import tirx as T
+@lru_cache(maxsize=512)
+def layer_norm_kernel(rows: int, width: int, epsilon: float, epilogue: Epilogue) -> Any:
+    """``(rows, width)``, operands -> outputs, as a PrimFunc; value 0 of the epilogue is ``(x - mean) / deviation``."""
+    from tvm import tirx
 
-    return T.parallel if elements >= _SERIAL_BELOW else T.serial
+    arguments = [
+        ("x", (rows, width), "float32"),
+        *((f"x{i}", place.shape, place.dtype) for i, place in enumerate(epilogue.operands)),
+        *((f"o{i}", place.shape, place.dtype) for i, (_, place) in enumerate(epilogue.outputs)),
+    ]
 
+    def body(x: Any, *others: Any) -> None:
+        operands, outputs = others[: len(epilogue.operands)], others[len(epilogue.operands) :]
+        with loop(rows * width, _SERIAL_BELOW)(0, rows) as row:
+            b = ir()
+            lanes, total = _row_buffers()
+            scratch = scratch_of(epilogue, LANES)
+            start = row * width
+            _sum(lanes, total, 0, width, lambda at: x[start + at])
+            b.buffer_store(total, total[0] / tirx.const(float(width), "float32"), [0])
 
-@lru_cache(maxsize=512)  # TVM parses a kernel's text in 50 ms: equal layers share it
-def layer_norm_kernel(rows: int, width: int, epsilon: float) -> Any:
-    """``(rows, width), gamma (width,), beta (width,) -> (rows, width)`` as a PrimFunc."""
-    from tvm.script import tirx as T
+            def square(at: Any) -> Any:
+                return (x[start + at] - total[0]) * (x[start + at] - total[0])
 
-    whole, left = width // _LANES, width % _LANES
-    base = whole * _LANES
-    each_row = _outer_loop(rows * width)
+            _sum(lanes, total, 1, width, square)
+            variance = total[1] / tirx.const(float(width), "float32") + tirx.const(epsilon, "float32")
+            b.buffer_store(total, tirx.const(1.0, "float32") / tirx.sqrt(variance), [1])
 
-    @T.prim_func(private=True, s_tir=True)
-    def layer_norm(
-        x: T.Buffer((rows, width), "float32"),
-        gamma: T.Buffer((width,), "float32"),
-        beta: T.Buffer((width,), "float32"),
-        o: T.Buffer((rows, width), "float32"),
-    ):
-        T.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
-        for row in each_row(rows):
-            lanes = T.alloc_buffer((_LANES,), "float32", scope="local")
-            total = T.alloc_buffer((2,), "float32", scope="local")
-            for j in T.vectorized(_LANES):
-                lanes[j] = T.float32(0)
-            for i in T.serial(whole):
-                for j in T.vectorized(_LANES):
-                    lanes[j] = lanes[j] + x[row, i * _LANES + j]
-            total[0] = T.float32(0)
-            for j in T.unroll(_LANES):
-                total[0] = total[0] + lanes[j]
-            for j in T.serial(left):
-                total[0] = total[0] + x[row, base + j]
-            total[0] = total[0] / T.float32(width)
-            for j in T.vectorized(_LANES):
-                lanes[j] = T.float32(0)
-            for i in T.serial(whole):
-                for j in T.vectorized(_LANES):
-                    lanes[j] = lanes[j] + (x[row, i * _LANES + j] - total[0]) * (x[row, i * _LANES + j] - total[0])
-            total[1] = T.float32(0)
-            for j in T.unroll(_LANES):
-                total[1] = total[1] + lanes[j]
-            for j in T.serial(left):
-                total[1] = total[1] + (x[row, base + j] - total[0]) * (x[row, base + j] - total[0])
-            total[1] = T.float32(1) / T.sqrt(total[1] / T.float32(width) + T.float32(epsilon))
-            for i in T.serial(whole):
-                for j in T.vectorized(_LANES):
-                    o[row, i * _LANES + j] = (x[row, i * _LANES + j] - total[0]) * total[1] * gamma[
-                        i * _LANES + j
-                    ] + beta[i * _LANES + j]
-            for j in T.serial(left):
-                o[row, base + j] = (x[row, base + j] - total[0]) * total[1] * gamma[base + j] + beta[base + j]
+            def element(at: Any, lane: Any) -> None:
+                value = (x[start + at] - total[0]) * total[1]
+                store(epilogue, operands, outputs, value, (0, 0, row, at), scratch, lane)
 
-    return layer_norm
+            _each(width, element)
+
+    return prim_func(arguments, body)
 
 
-@lru_cache(maxsize=512)  # TVM parses a kernel's text in 50 ms: equal layers share it
+@lru_cache(maxsize=512)
 def softmax_kernel(rows: int, width: int) -> Any:
     """``(rows, width) -> (rows, width)`` as a PrimFunc."""
-    from tvm.script import tirx as T
+    from tvm import tirx
 
-    whole, left = width // _LANES, width % _LANES
-    base = whole * _LANES
-    each_row = _outer_loop(rows * width)
-    lowest = -3.4028234663852886e38
+    def body(x: Any, o: Any) -> None:
+        with loop(rows * width, _SERIAL_BELOW)(0, rows) as row:
+            b = ir()
+            lanes, total = _row_buffers()
+            start = row * width
+            lowest = tirx.const(-3.4028234663852886e38, "float32")
+            _fold(lanes, total, 0, width, lambda at: x[start + at], tirx.max, lowest)
 
-    @T.prim_func(private=True, s_tir=True)
-    def softmax(x: T.Buffer((rows, width), "float32"), o: T.Buffer((rows, width), "float32")):
-        T.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
-        for row in each_row(rows):
-            lanes = T.alloc_buffer((_LANES,), "float32", scope="local")
-            total = T.alloc_buffer((2,), "float32", scope="local")
-            for j in T.vectorized(_LANES):
-                lanes[j] = T.float32(lowest)
-            for i in T.serial(whole):
-                for j in T.vectorized(_LANES):
-                    lanes[j] = T.max(lanes[j], x[row, i * _LANES + j])
-            total[0] = T.float32(lowest)
-            for j in T.unroll(_LANES):
-                total[0] = T.max(total[0], lanes[j])
-            for j in T.serial(left):
-                total[0] = T.max(total[0], x[row, base + j])
-            for j in T.vectorized(_LANES):
-                lanes[j] = T.float32(0)
-            for i in T.serial(whole):
-                for j in T.vectorized(_LANES):
-                    o[row, i * _LANES + j] = exp(x[row, i * _LANES + j] - total[0])
-                for j in T.vectorized(_LANES):
-                    lanes[j] = lanes[j] + o[row, i * _LANES + j]
-            total[1] = T.float32(0)
-            for j in T.unroll(_LANES):
-                total[1] = total[1] + lanes[j]
-            for j in T.serial(left):
-                o[row, base + j] = exp(x[row, base + j] - total[0])
-                total[1] = total[1] + o[row, base + j]
-            for i in T.serial(whole):
-                for j in T.vectorized(_LANES):
-                    o[row, i * _LANES + j] = o[row, i * _LANES + j] / total[1]
-            for j in T.serial(left):
-                o[row, base + j] = o[row, base + j] / total[1]
+            def power(at: Any, _lane: Any) -> None:
+                b.buffer_store(o, exp_of_negative(x[start + at] - total[0]), [start + at])
 
-    return softmax
+            _each(width, power)
+            _sum(lanes, total, 1, width, lambda at: o[start + at])
+            _each(width, lambda at, _lane: b.buffer_store(o, o[start + at] / total[1], [start + at]))
+
+    return prim_func([("x", (rows, width), "float32"), ("o", (rows, width), "float32")], body)
+
+
+def _row_buffers() -> tuple[Any, Any]:
+    b = ir()
+    lanes, total = (b.alloc_buffer((size,), "float32", scope="local") for size in (LANES, 2))
+    return lanes, total
+
+
+def _each(width: int, write: Callable[[Any, Any], None]) -> None:
+    """``write(at, lane)`` for every element of a row: whole vectors, then one by one."""
+    b = ir()
+    whole = width // LANES
+    if whole:
+        with b.serial(0, whole) as i, b.vectorized(0, LANES) as lane:
+            write(i * LANES + lane, lane)
+    if width % LANES:
+        with b.serial(0, width % LANES) as i:
+            write(whole * LANES + i, i)
+
+
+def _sum(lanes: Any, total: Any, place: int, width: int, value: Callable[[Any], Any]) -> None:
+    from tvm import tirx
+
+    _fold(lanes, total, place, width, value, lambda a, b: a + b, tirx.const(0.0, "float32"))
+
+
+def _fold(
+    lanes: Any,
+    total: Any,
+    place: int,
+    width: int,
+    value: Callable[[Any], Any],
+    combine: Callable[[Any, Any], Any],
+    first: Any,
+) -> None:
+    """``total[place]``: `combine` over a row, lane by lane and then over the lanes."""
+    b = ir()
+    with b.vectorized(0, LANES) as lane:
+        b.buffer_store(lanes, first, [lane])
+    _each(width, lambda at, lane: b.buffer_store(lanes, combine(lanes[lane], value(at)), [lane]))
+    result = lanes[0]
+    for lane in range(1, LANES):
+        result = combine(result, lanes[lane])
+    b.buffer_store(total, result, [place])

@@ -22,8 +22,9 @@ tvm = pytest.importorskip("tvm")
 
 from s2d_deploy.export import _tvm_math as fast  # noqa: E402, TID251
 from s2d_deploy.export import to_tvm  # noqa: E402, TID251
+from s2d_deploy.export._tvm_epilogue import Epilogue, Place, Step  # noqa: E402, TID251
 from s2d_deploy.export._tvm_isa import isa_of, required_features, resolve_target  # noqa: E402, TID251
-from s2d_deploy.export._tvm_kernels import float_kernel, integer_kernel  # noqa: E402, TID251
+from s2d_deploy.export._tvm_kernels import Geometry, float_kernel, integer_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_panels import Panels, panel_width  # noqa: E402, TID251
 from s2d_deploy.export._tvm_rows import layer_norm_kernel, softmax_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_static import dynamic_names, fix_dimensions  # noqa: E402, TID251
@@ -90,6 +91,13 @@ def call(function: Any, target: Any, *arrays: np.ndarray, shape: tuple[int, ...]
     return out.numpy()
 
 
+def accumulators(isa: Any, panels: Panels, batch: int, rows: int, zero: int) -> Any:
+    """The integer kernel that stores what it accumulates."""
+    left = Place((batch, rows, panels.depth), (rows * panels.depth, 0, panels.depth, 0), "uint8")
+    out = Place((batch, rows, panels.n), (rows * panels.n, 0, panels.n, 1), "int32")
+    return integer_kernel(isa, Geometry((batch, 1), rows, left, panels, zero), Epilogue(outputs=((-1, out),)))
+
+
 @given(
     st.integers(1, 40), st.integers(1, 40), st.sampled_from([4, 8]), st.sampled_from([1, 4]), st.sampled_from([8, 16])
 )
@@ -136,16 +144,10 @@ def test_integer_kernel_is_exact(device: str, batch: int, m: int, k: int, n: int
     rng = np.random.default_rng(m * k * n)
     a = rng.integers(0, 256, (batch, m, panels.depth)).astype(np.uint8)
     b = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (batch, k, n)).astype(np.int8)
-    got = call(
-        integer_kernel(isa, panels, batch, m, zero),
-        target,
-        a,
-        panels.pack(b),
-        shape=(batch, m, panels.columns),
-        dtype="int32",
-    )
+    kernel = accumulators(isa, panels, batch, m, zero)
+    got = call(kernel, target, a, panels.pack(b), shape=(batch, m, n), dtype="int32")
     expected = (a[..., :k].astype(np.int64) - zero) @ b.astype(np.int64)
-    np.testing.assert_array_equal(got[..., :n], expected)
+    np.testing.assert_array_equal(got, expected)
 
 
 def test_integer_kernel_does_not_saturate_and_wraps_only_at_32_bits() -> None:
@@ -155,7 +157,8 @@ def test_integer_kernel_does_not_saturate_and_wraps_only_at_32_bits() -> None:
     a = np.full((1, 1, panels.depth), 255, np.uint8)
     for value in (-128, 127):
         b = np.full((1, 4096, 16), value, np.int8)
-        got = call(integer_kernel(isa, panels, 1, 1, 0), target, a, panels.pack(b), shape=(1, 1, 16), dtype="int32")
+        kernel = accumulators(isa, panels, 1, 1, 0)
+        got = call(kernel, target, a, panels.pack(b), shape=(1, 1, 16), dtype="int32")
         assert set(got.ravel().tolist()) == {4096 * 255 * value}
 
 
@@ -182,7 +185,10 @@ def test_row_kernels(width: int) -> None:
     gamma, beta = rng.standard_normal((2, width)).astype(np.float32)
     wide = x.astype(np.float64)
     normal = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5) * gamma + beta
-    got = call(layer_norm_kernel(5, width, 1e-5), target, x, gamma, beta, shape=x.shape, dtype="float32")
+    column, whole = Place((width,), (0, 0, 0, 1)), Place(x.shape, (0, 0, width, 1))
+    steps = (Step("Mul", (("value", 0), ("operand", 0))), Step("Add", (("value", 1), ("operand", 1))))
+    kernel = layer_norm_kernel(5, width, 1e-5, Epilogue((column, column), steps, ((2, whole),)))
+    got = call(kernel, target, x, gamma, beta, shape=x.shape, dtype="float32")
     np.testing.assert_allclose(got, normal, rtol=1e-4, atol=1e-4)
     power = np.exp(wide - wide.max(-1, keepdims=True))
     got = call(softmax_kernel(5, width), target, x, shape=x.shape, dtype="float32")
