@@ -352,13 +352,44 @@ def verify(as_json: bool, **options: Any) -> None:
 
 @cli.command(short_help="Measure latency beside the float baseline.")
 @recipe_options
-def bench(as_json: bool, **options: Any) -> None:
+@click.option(
+    "--per-op",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Time each op alone at each precision instead, and write FILE, which quantize.passes.mixed.costs reads.",
+)
+def bench(as_json: bool, per_op: Path | None, **options: Any) -> None:
     """Measure latency, interleaved with the float baseline of the same runtime (and verify, where not done yet).
 
     Threads, batch, warm-up and duration stand in the recipe under bench. A ~ behind a latency says that it was not
     stable. Exit code 3 where nothing can be run here.
+
+    \b
+    Example, ops alone: s2d-deploy bench my.yaml --target ort --per-op costs.json --precision w8a8 --precision w4a8
     """
-    _measure(as_json, options, bench=True)
+    if per_op is not None:
+        _measure_ops(as_json, per_op, options)
+    else:
+        _measure(as_json, options, bench=True)
+
+
+def _measure_ops(as_json: bool, path: Path, options: dict[str, Any]) -> None:
+    from s2d_deploy.errors import RecipeError, message
+    from s2d_deploy.store import write_json
+    from s2d_deploy.tables import op_costs_table
+
+    if not path.parent.is_dir():  # now, not behind the measurement
+        raise RecipeError(message(f"--per-op {path}: no folder {path.parent}", fix="make it first"))
+    with _opened(**options) as pipeline:
+        sections = pipeline.recipe.targets
+        if len(sections) != 1:
+            listed = ", ".join(s.name for s in sections)
+            raise RecipeError(message("--per-op measures one target", found=listed, fix="add --target ort"))
+        from s2d_deploy.op_costs import measure_op_costs
+
+        document = measure_op_costs(pipeline, sections[0], pipeline.precisions)
+    write_json(path, document)
+    _print(document, as_json, lambda: click.echo(op_costs_table(document) + str(path)))
 
 
 def _measure(as_json: bool, options: dict[str, Any], *, bench: bool) -> None:

@@ -615,7 +615,20 @@ def _quantize_key(section: QuantizeSection, precision: str) -> dict[str, Any]:
     blocked = section.weight_granularity == "block"
     blocked = blocked or any(parse_precision(name).activations == 16 for name in names)
     unread = {"precisions", "preset", "error_samples"} | (set() if blocked else {"block_size"})
-    return {k: v for k, v in _dump(section).items() if k not in unread}
+    files = {
+        option["costs"]: file_digest(option["costs"])
+        for entry in section.passes
+        if isinstance(entry, Mapping) and isinstance(option := entry.get("mixed"), Mapping) and option.get("costs")
+    }
+    return {k: v for k, v in _dump(section).items() if k not in unread} | ({"files": files} if files else {})
+
+
+def file_digest(path: str) -> str | None:
+    """sha256 of a file that a pass reads; None where it cannot be read, which the pass says."""
+    try:
+        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 def _spread(h: Histogram) -> dict[str, float]:

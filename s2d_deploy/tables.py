@@ -45,6 +45,25 @@ def results_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return _text(table) + "\n".join(_merged(reasons))
 
 
+def op_costs_table(document: Mapping[str, Any]) -> str:
+    """Milliseconds of each distinct op at each precision, and their sums over all ops."""
+    table = Table(title=f"op costs on {document['target']}, batch {document['batch']}, ms", title_justify="left")
+    for name in ("op", "ops", "k", "n"):
+        table.add_column(name)
+    precisions = list(dict.fromkeys(row["precision"] for row in document["measured"]))
+    for precision in precisions:
+        table.add_column(precision, justify="right", no_wrap=True)
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for row in document["measured"]:
+        rows.setdefault(row["ops"][0], []).append(row)
+    for name, found in rows.items():
+        figures = [number(r["median_ms"], ".4f") + ("" if r["stable"] else " ~") for r in found]
+        table.add_row(name, str(len(found[0]["ops"])), str(found[0]["k"]), str(found[0]["n"]), *figures)
+    sums = [number(sum(costs[p] for costs in document["costs"].values()), ".4f") for p in precisions]
+    table.add_row("sum over all ops", str(len(document["costs"])), "", "", *sums)
+    return _text(table)
+
+
 def gates_table(gates: Sequence[Mapping[str, Any]]) -> str:
     """The gates with value, limit and verdict; evidence for those that did not pass.
 
