@@ -19,6 +19,7 @@ from ._tvm_epilogue import Epilogue, Place, Step, byte_code, place_of, scratch_o
 from ._tvm_isa import Isa
 from ._tvm_kernels import SERIAL_BELOW, Geometry, Tile, cuts_of, each_vector
 from ._tvm_panels import Panels
+from ._tvm_rows import folded
 
 _LOWEST = -3.4028234663852886e38
 
@@ -162,11 +163,11 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
             outer, inner = product // geometry.batch[1], product % geometry.batch[1]
             base, left = product * one_matrix, place_of(geometry.left, outer, inner, 0, 0)
             starts = b.alloc_buffer((columns,), "int32")
-            out = b.alloc_buffer((isa.rows * panels.width,), "int32", scope="local")
+            out = b.alloc_buffer((isa.rows * panels.width,), "int32")
             scores = b.alloc_buffer((isa.rows * columns,), "float32")
             row_bytes = b.alloc_buffer((columns,), "uint8")
-            lane_values = b.alloc_buffer((lanes,), "float32", scope="local")
-            total = b.alloc_buffer((2,), "float32", scope="local")
+            lane_values = b.alloc_buffer((lanes,), "float32")
+            total = b.alloc_buffer((2,), "float32")
             scratch = scratch_of(epilogue, lanes)
 
             def codes_of(p: Any) -> Any:
@@ -192,7 +193,7 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
                 with b.serial(0, vectors) as i, b.vectorized(0, lanes) as lane:
                     largest = tirx.max(lane_values[lane], scores[r * columns + i * lanes + lane])
                     b.buffer_store(lane_values, largest, [lane])
-                _reduce(lane_values, total, 0, lanes, tirx.max)
+                b.buffer_store(total, folded(lane_values, lanes, tirx.max), [0])
                 with b.vectorized(0, lanes) as lane:
                     b.buffer_store(lane_values, zero, [lane])
                 with b.serial(0, vectors) as i:
@@ -202,8 +203,8 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
                     with b.vectorized(0, lanes) as lane:
                         at = r * columns + i * lanes + lane
                         b.buffer_store(lane_values, lane_values[lane] + scores[at], [lane])
-                _reduce(lane_values, total, 1, lanes, lambda x, y: x + y)
-                b.buffer_store(total, tirx.const(1.0, "float32") / total[1], [1])
+                whole = folded(lane_values, lanes, lambda x, y: x + y)
+                b.buffer_store(total, tirx.const(1.0, "float32") / whole, [1])
                 with b.serial(0, vectors) as i, b.vectorized(0, lanes) as lane:
                     value = scores[r * columns + i * lanes + lane] * total[1]
                     b.buffer_store(row_bytes, byte_code(value, scale[0], code), [i * lanes + lane])
@@ -239,10 +240,3 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
                         rows(full * isa.rows, rest)
 
     return prim_func(arguments, body)
-
-
-def _reduce(lane_values: Any, total: Any, place: int, lanes: int, combine: Any) -> None:
-    value = lane_values[0]
-    for lane in range(1, lanes):
-        value = combine(value, lane_values[lane])
-    ir().buffer_store(total, value, [place])

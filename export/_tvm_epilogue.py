@@ -144,7 +144,7 @@ def place_of(place: Place, outer: Any, inner: Any, row: Any, column: Any) -> Any
 def scratch_of(epilogue: Epilogue, lanes: int) -> list[Any]:
     """A vector for each float step, so that no value is computed twice."""
     steps = sum(step.op != "quantize" for step in epilogue.steps)
-    return [ir().alloc_buffer((lanes,), "float32", scope="local") for _ in range(steps)]
+    return [ir().alloc_buffer((lanes,), "float32") for _ in range(steps)]
 
 
 def store(

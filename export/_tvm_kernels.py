@@ -104,7 +104,7 @@ class Tile:
         from tvm import tirx
 
         b, lanes = ir(), self.isa.lanes
-        sums = b.alloc_buffer((self.panels.width,), "int32", scope="local")
+        sums = b.alloc_buffer((self.panels.width,), "int32")
         nothing = splat(tirx.const(0, "int32"), lanes)
         places = [(v, ramp(v * lanes, lanes)) for v in range(self.vectors)]
         for _, at in places:
@@ -121,16 +121,19 @@ class Tile:
     ) -> None:
         """``out[r, :width] = start + sum_k a[row r, k] * codes[k, :]``, `out` being flat with rows of `width`."""
         b, lanes, width = ir(), self.isa.lanes, self.panels.width
-        height = len(row_starts)
-        acc = b.alloc_buffer((height * width,), "int32", scope="local")
-        places = [(r, v, ramp(r * width + v * lanes, lanes)) for r in range(height) for v in range(self.vectors)]
-        for _, v, at in places:
-            b.buffer_store(acc, start(v), [at])
+        # A vector for each accumulator, small enough for the stack: LLVM keeps them in registers.
+        acc = {
+            (r, v): b.alloc_buffer((lanes,), "int32") for r in range(len(row_starts)) for v in range(self.vectors)
+        }
+        every = ramp(0, lanes)
+        for (_, v), vector in acc.items():
+            b.buffer_store(vector, start(v), [every])
         with b.serial(0, self.runs) as k:
-            for r, v, at in places:
-                b.buffer_store(acc, self._add(acc[at], a, row_starts[r] + k * self.panels.group, codes(k, v)), [at])
-        for _, _, at in places:
-            b.buffer_store(out, acc[at], [at])
+            for (r, v), vector in acc.items():
+                place = row_starts[r] + k * self.panels.group
+                b.buffer_store(vector, self._add(vector[every], a, place, codes(k, v)), [every])
+        for (r, v), vector in acc.items():
+            b.buffer_store(out, vector[every], [ramp(r * width + v * lanes, lanes)])
 
     def unpack(self, stored: Any, base: Any) -> Any:
         """One panel of 4-bit codes, two a byte from flat `base` on, as signed bytes: a buffer of ``runs * line``."""
@@ -196,10 +199,10 @@ def integer_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue) -> Any:
                 def codes(k: Any, v: int) -> Any:
                     return right[ramp(base + k * tile.line + v * tile.step, tile.step)]
 
-            start = b.alloc_buffer((panels.width,), "int32", scope="local")
+            start = b.alloc_buffer((panels.width,), "int32")
             tile.start(codes, start)
             left = place_of(geometry.left, outer, inner, 0, 0)
-            out = b.alloc_buffer((isa.rows * panels.width,), "int32", scope="local")
+            out = b.alloc_buffer((isa.rows * panels.width,), "int32")
 
             def rows(first: Any, height: int) -> None:
                 starts = [left + (first + r) * geometry.left.strides[2] for r in range(height)]

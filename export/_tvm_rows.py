@@ -80,7 +80,7 @@ def softmax_kernel(rows: int, width: int) -> Any:
 
 def _row_buffers() -> tuple[Any, Any]:
     b = ir()
-    lanes, total = (b.alloc_buffer((size,), "float32", scope="local") for size in (LANES, 2))
+    lanes, total = (b.alloc_buffer((size,), "float32") for size in (LANES, 2))
     return lanes, total
 
 
@@ -116,7 +116,12 @@ def _fold(
     with b.vectorized(0, LANES) as lane:
         b.buffer_store(lanes, first, [lane])
     _each(width, lambda at, lane: b.buffer_store(lanes, combine(lanes[lane], value(at)), [lane]))
-    result = lanes[0]
-    for lane in range(1, LANES):
-        result = combine(result, lanes[lane])
-    b.buffer_store(total, result, [place])
+    b.buffer_store(total, folded(lanes, LANES, combine), [place])
+
+
+def folded(lanes: Any, count: int, combine: Callable[[Any, Any], Any]) -> Any:
+    """`combine` over the elements of a buffer, pair by pair: a tree, since a chain would wait for every step."""
+    values = [lanes[lane] for lane in range(count)]
+    while len(values) > 1:
+        values = [combine(*values[i : i + 2]) if i + 1 < len(values) else values[i] for i in range(0, len(values), 2)]
+    return values[0]
