@@ -96,7 +96,7 @@ class _Cut:
         quantizer = self.producers.get(node.input[0])
         if quantizer is None or quantizer.op_type != "QuantizeLinear":
             return value
-        source = quantizer.input[0]
+        source: str = quantizer.input[0]
         while (before := self.producers.get(source)) is not None and (
             before.op_type in _BOUNDS or (token and before.op_type == "Div")
         ):
@@ -105,13 +105,13 @@ class _Cut:
 
     def _end(self) -> str:
         """The contraction's output, behind its bias."""
-        output = self.node.output[0]
+        output: str = self.node.output[0]
         users = [n for n in self.model.graph.node if output in n.input]
         if len(users) == 1 and users[0].op_type == "Add":
             other = next((n for n in users[0].input if n != output), "")
             if other in self.stored and len(self.stored[other].dims) == 1:
                 return str(users[0].output[0])
-        return str(output)
+        return output
 
     def _between(self, end: str, cuts: set[str]) -> list[onnx.NodeProto]:
         """Nodes that `end` needs, back to the cuts, in the file's order."""
