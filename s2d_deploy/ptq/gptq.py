@@ -20,12 +20,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from s2d_deploy.errors import DataError, message
 from s2d_deploy.ptq import passes
 from s2d_deploy.ptq.passes import Context, Quantized
 from s2d_deploy.ptq.reconstruction import Reconstruction, float_grams
 from s2d_deploy.ptq.weight_matrix import WeightMatrix, better_rows, weight_matrix
 
 logger = logging.getLogger(__name__)
+
+_MOST = 10.0  # beyond, H is hardly looked at
 
 
 class Options(passes.Options):
@@ -45,19 +48,29 @@ class Options(passes.Options):
 def apply(quantized: Quantized, context: Context, options: Options) -> Quantized:
     """Choose the codes of every quantized weight.
 
+    ``plan.info["gptq"]`` holds the damping: what was asked for, and the layers whose H needed more.
+
     Raises:
         ModelError: no quantized weight, or weights that another pass has rounded.
-        DataError: no calibration data.
+        DataError: no calibration data, or a layer that it drives to NaN or infinity.
     """
     work = Reconstruction(quantized, context, "gptq")
+    raised: dict[str, float] = {}
     for group, gram in _grams(work, context, options):
+        damp = needed_damp(gram, options.damp, ", ".join(group))
+        if damp > options.damp:
+            raised |= dict.fromkeys(group, damp)
+            logger.warning(
+                "gptq: %s: H is not positive definite with damp %g; %g is used", ", ".join(group), options.damp, damp
+            )
         for name in group:
             context.progress(f"gptq: {name}")
             matrix = weight_matrix(work.float_layer(name), work.site(name))
-            codes = gptq_codes(matrix, gram, damp=options.damp, block=options.block, act_order=options.act_order)
+            codes = gptq_codes(matrix, gram, damp=damp, block=options.block, act_order=options.act_order)
             codes, before, after = better_rows(matrix, codes, gram)
             logger.debug("gptq: %s: output error %.3g, rounded to nearest %.3g", name, after, before)
             work.choose(name, matrix.stored(codes))
+    quantized.plan.info["gptq"] = {"damp": options.damp, "damp_raised": raised}
     return quantized
 
 
@@ -104,6 +117,40 @@ def gptq_codes(
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result
+
+
+def needed_damp(gram: Tensor, damp: float, title: str = "a layer") -> float:
+    """The smallest of `damp`, 10 `damp`, 100 `damp`, ... at which float64 can factor the damped matrix.
+
+    Few or collinear calibration rows make H singular; a share of the diagonal's mean below the rounding of its largest
+    eigenvalue does not repair that.
+
+    Raises:
+        DataError: H is not finite, or indefinite whatever is added to its diagonal.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise DataError(
+            message(
+                f"gptq: the inputs of {title} are not finite on the calibration data",
+                expected="finite activations",
+                fix="look for NaN in the data; `s2d-deploy diagnose` names layers with huge activations",
+            )
+        )
+    tried = damp
+    while tried <= _MOST:
+        try:
+            if bool(torch.isfinite(inverse_factor(gram, tried)).all()):
+                return tried
+        except torch.linalg.LinAlgError:
+            logger.debug("gptq: %s: damp %g is not enough", title, tried)
+        tried *= 10
+    raise DataError(
+        message(
+            f"gptq: H of {title} is not positive definite",
+            found=f"damping up to {_MOST:g} of its mean diagonal does not help",
+            fix="use more calibration samples",
+        )
+    )
 
 
 def inverse_factor(gram: Tensor, damp: float) -> Tensor:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 import tiny_quantized as tiny
 import torch
 from torch import nn
 
-from s2d_deploy.errors import ModelError, RecipeError
+from s2d_deploy.errors import DataError, ModelError, RecipeError
 from s2d_deploy.fake_quant import dequantize, quantize
 from s2d_deploy.grid import Granularity, Grid, PerAxis, PerBlock, PerTensor
 from s2d_deploy.observers import weight_parameters
 from s2d_deploy.plan import Site
-from s2d_deploy.ptq.gptq import gptq_codes, inverse_factor
-from s2d_deploy.ptq.passes import parse_steps
+from s2d_deploy.ptq.gptq import gptq_codes, inverse_factor, needed_damp
+from s2d_deploy.ptq.passes import parse_steps, run_passes
 from s2d_deploy.ptq.weight_matrix import WeightMatrix, better_rows, output_error, weight_matrix
 
 
@@ -174,3 +175,40 @@ def test_rounded_weights_are_refused():
 def test_wrong_options(given: dict, text: str):
     with pytest.raises(RecipeError, match=text):
         parse_steps([{"gptq": given}])
+
+
+def singular(k: int = 16) -> torch.Tensor:
+    """Rank one, and so large that a tiny share of its mean is lost in rounding."""
+    row = torch.ones(k, dtype=torch.float64) * 1e8
+    row[0] = 1e-3
+    gram = torch.outer(row, row)
+    gram[1:, 1:] -= 1e-1 * torch.eye(k - 1, dtype=torch.float64)  # as the rounding of large sums leaves it
+    return gram
+
+
+def test_a_matrix_that_is_not_positive_definite_gets_the_damping_that_it_needs():
+    gram = singular()
+    with pytest.raises(torch.linalg.LinAlgError):
+        inverse_factor(gram, 1e-18)
+    used = needed_damp(gram, 1e-18)
+    assert used > 1e-18
+    assert torch.isfinite(inverse_factor(gram, used)).all()
+    assert needed_damp(problem(PerAxis(0))[1], 0.01) == 0.01
+    with pytest.raises(DataError, match=r"gptq: the inputs of fc1 are not finite on the calibration data"):
+        needed_damp(gram * float("nan"), 0.01, "fc1")
+    with pytest.raises(DataError, match=r"gptq: H of fc1 is not positive definite\. Found: damping up to 10 "):
+        needed_damp(-torch.eye(4, dtype=torch.float64), 0.01, "fc1")
+
+
+def test_the_damping_stands_in_the_plan(caplog: pytest.LogCaptureFixture):
+    done, context, _ = tiny.run("vit", "w4a4", ["gptq"])
+    assert done.plan.info["gptq"] == {"damp": 0.01, "damp_raised": {}}
+    model, batches, _ = tiny.case("vit")
+    few = [{n: x[:1] for n, x in batches[0].items()}]  # fewer rows than channels: singular without damping
+    steps = parse_steps([{"gptq": {"damp": 1e-30, "sequential": False}}])
+    with caplog.at_level(logging.WARNING):
+        done = run_passes(model, done.plan.ops, "w4a8", steps, replace(context, batches=lambda: few))
+    told = done.plan.info["gptq"]
+    assert told["damp_raised"]
+    assert all(used > told["damp"] for used in told["damp_raised"].values())
+    assert "H is not positive definite with damp 1e-30; " in caplog.text
