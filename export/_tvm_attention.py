@@ -165,7 +165,7 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
             starts = b.alloc_buffer((columns,), "int32")
             out = b.alloc_buffer((isa.rows * panels.width,), "int32")
             scores = b.alloc_buffer((isa.rows * columns,), "float32")
-            row_bytes = b.alloc_buffer((columns,), "uint8")
+            largest = b.alloc_buffer((isa.rows * lanes,), "float32")
             lane_values = b.alloc_buffer((lanes,), "float32")
             total = b.alloc_buffer((2,), "float32")
             scratch = scratch_of(epilogue, lanes)
@@ -182,6 +182,7 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
                 at = (outer, inner, row, column)
                 value = values_of(epilogue, operands, accumulator, at, scratch, lane)[-1]
                 b.buffer_store(scores, value, [r * columns + column])
+                b.buffer_store(largest, tirx.max(largest[r * lanes + lane], value), [r * lanes + lane])
 
             def softmax(r: Any, row: Any) -> None:
                 zero, lowest = tirx.const(0.0, "float32"), tirx.const(_LOWEST, "float32")
@@ -189,33 +190,38 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
                     with b.serial(0, vectors * lanes - valid) as lane:
                         b.buffer_store(scores, lowest, [r * columns + valid + lane])
                 with b.vectorized(0, lanes) as lane:
-                    b.buffer_store(lane_values, lowest, [lane])
-                with b.serial(0, vectors) as i, b.vectorized(0, lanes) as lane:
-                    largest = tirx.max(lane_values[lane], scores[r * columns + i * lanes + lane])
-                    b.buffer_store(lane_values, largest, [lane])
+                    b.buffer_store(lane_values, largest[r * lanes + lane], [lane])
                 b.buffer_store(total, folded(lane_values, lanes, tirx.max), [0])
                 with b.vectorized(0, lanes) as lane:
                     b.buffer_store(lane_values, zero, [lane])
                 with b.serial(0, vectors) as i:
+                    power = b.alloc_buffer((lanes,), "float32")
                     with b.vectorized(0, lanes) as lane:
                         at = r * columns + i * lanes + lane
-                        b.buffer_store(scores, fast.exp_of_negative(scores[at] - total[0]), [at])
-                    with b.vectorized(0, lanes) as lane:
-                        at = r * columns + i * lanes + lane
-                        b.buffer_store(lane_values, lane_values[lane] + scores[at], [lane])
+                        b.buffer_store(power, fast.exp_of_negative(scores[at] - total[0]), [lane])
+                        b.buffer_store(scores, power[lane], [at])
+                        b.buffer_store(lane_values, lane_values[lane] + power[lane], [lane])
                 whole = folded(lane_values, lanes, lambda x, y: x + y)
                 b.buffer_store(total, tirx.const(1.0, "float32") / whole, [1])
-                with b.serial(0, vectors) as i, b.vectorized(0, lanes) as lane:
-                    value = scores[r * columns + i * lanes + lane] * total[1]
-                    b.buffer_store(row_bytes, byte_code(value, scale[0], code), [i * lanes + lane])
-                with b.serial(0, valid) as n:
-                    b.buffer_store(o, row_bytes[n], [(product * geometry.rows + row) * depth + n])
+                target = (product * geometry.rows + row) * depth
+
+                def finish(n: Any) -> None:
+                    value = scores[r * columns + n] * total[1]
+                    b.buffer_store(o, byte_code(value, scale[0], code), [target + n])
+
+                if valid // lanes:
+                    with b.serial(0, valid // lanes) as i, b.vectorized(0, lanes) as lane:
+                        finish(i * lanes + lane)
+                if valid % lanes:
+                    with b.serial(0, valid % lanes) as n:
+                        finish(valid // lanes * lanes + n)
                 if depth > valid:
                     with b.serial(0, depth - valid) as n:
-                        at = (product * geometry.rows + row) * depth + valid + n
-                        b.buffer_store(o, tirx.const(0, "uint8"), [at])
+                        b.buffer_store(o, tirx.const(0, "uint8"), [target + valid + n])
 
             def rows(first: Any, height: int) -> None:
+                with b.serial(0, height) as r, b.vectorized(0, lanes) as lane:
+                    b.buffer_store(largest, tirx.const(_LOWEST, "float32"), [r * lanes + lane])
                 with b.serial(0, count) as p:
                     row_starts = [left + (first + r) * geometry.left.strides[2] for r in range(height)]
                     tile.accumulate(
