@@ -529,6 +529,11 @@ def _openvino_layers(model: Any, form: Format) -> tuple[int, int]:
 
     layers = products = 0
     for node in model.get_ops():
+        if (
+            node.get_type_name() == "ScaledDotProductAttention"
+        ):  # two products in one node; query and key may have codes
+            products += all(source(node.input_value(i).get_node()) == "FakeQuantize" for i in (0, 1))
+            continue
         if node.get_type_name() not in ("MatMul", "Convolution", "GroupConvolution"):
             continue
         found = [source(node.input_value(i).get_node()) for i in (0, 1)]

@@ -96,6 +96,7 @@ CANDIDATES: tuple[Candidate, ...] = (
     ours("int4_awq@ort", "int4", _AWQ, {}, "preset int4_awq", executed=True),
     ours("int4_gptq", "int4", ["gptq"], {}, "preset int4_gptq"),
     ours("int4_gptq@ort", "int4", ["gptq"], {}, "preset int4_gptq", executed=True),
+    ours("int4-gptq-once", "int4", [{"gptq": {"sequential": False}}], {}, "GPTQ on the float model's inputs, one pass"),
     ours("int4-awq-gptq", "int4", [*_AWQ, "gptq"], {}, "AWQ, then GPTQ"),
     modelopt(
         "modelopt-int4",
