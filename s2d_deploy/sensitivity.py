@@ -135,18 +135,7 @@ def assign(
     pairs = [(op, precision) for op, row in errors.items() for precision in row]
     if not pairs:
         return Assignment({}, 0.0, 0.0)
-    cheapest = sum(min(costs[op][p] for p in row) for op, row in errors.items())
-    # A budget that equals a possible cost must not fail by the rounding of a sum.
-    slack = 1e-9 * max(abs(budget), abs(cheapest), 1.0)
-    if cheapest > budget + slack:
-        raise PlanError(
-            message(
-                "the budget is below the cheapest assignment",
-                expected=f"at least {cheapest:.6g}",
-                found=f"{budget:.6g}",
-                fix="raise the budget, or add a cheaper candidate",
-            )
-        )
+    slack = check_budget({op: {p: costs[op][p] for p in row} for op, row in errors.items()}, budget)
     names = list(errors)
     value = np.array([errors[op][p] for op, p in pairs])
     rows = np.array([names.index(op) for op, _ in pairs])
@@ -169,6 +158,33 @@ def assign(
         float(sum(costs[op][p] for op, p in chosen.items())),
         float(sum(errors[op][p] for op, p in chosen.items())),
     )
+
+
+def check_budget(costs: Mapping[str, Mapping[str, float]], budget: float) -> float:
+    """What a sum of costs may exceed `budget` by, because it is rounded.
+
+    Raises:
+        PlanError: not even the cheapest assignment fits; the message says what it costs.
+    """
+    cheapest = sum(min(row.values()) for row in costs.values())
+    # A budget that equals a possible cost must not fail by the rounding of a sum.
+    slack = 1e-9 * max(abs(budget), abs(cheapest), 1.0)
+    if cheapest > budget + slack:
+        raise PlanError(
+            message(
+                "the budget is below the cheapest assignment",
+                expected=f"at least {_up(cheapest)}, every op at its cheapest candidate",
+                found=f"{budget:.6g}",
+                fix="raise the budget, or add a cheaper candidate",
+            )
+        )
+    return slack
+
+
+def _up(cost: float) -> str:
+    """`cost` in six digits, not rounded down: what a message names must be enough."""
+    text = f"{cost:.6g}"
+    return text if float(text) >= cost else f"{cost * (1 + 1e-5):.6g}"
 
 
 def _part(plan: Plan, op: Op, part: Part) -> Plan:

@@ -24,7 +24,7 @@ from s2d_deploy.precision import parse_precision
 from s2d_deploy.ptq import passes
 from s2d_deploy.ptq.passes import Batch, Context, Quantized
 from s2d_deploy.quantize import build_plan
-from s2d_deploy.sensitivity import PARTS, Unit, assign, costs_of, measure_sensitivity
+from s2d_deploy.sensitivity import PARTS, Unit, assign, check_budget, costs_of, measure_sensitivity
 
 
 class Options(passes.Options):
@@ -60,6 +60,10 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     statistics = context.calibration(model, ops)
     plans = {p: build_plan(model, ops, statistics, p, context.config) for p in options.candidates}
 
+    weights = {n: w for n in ops if isinstance(w := _weight(model, n), Tensor)}
+    costs = given if given is not None else costs_of(plans, weights, options.unit)
+    check_budget(costs, options.budget)  # before the work
+
     def batches() -> Iterator[Batch]:
         return first_samples(context.batches(), options.samples)
 
@@ -68,8 +72,6 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     for row in rows:
         if row.part == "both":
             errors[row.op][row.precision] = row.error
-    weights = {n: w for n in ops if isinstance(w := _weight(model, n), Tensor)}
-    costs = given if given is not None else costs_of(plans, weights, options.unit)
     chosen = assign(errors, costs, options.budget)
     merged = Plan(quantized.plan.precision, dict(ops), {}, dict(next(iter(plans.values())).info))
     for name, op in ops.items():

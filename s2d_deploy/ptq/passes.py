@@ -20,7 +20,7 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -141,6 +141,31 @@ PASSES: dict[str, PassEntry] = {
 }
 
 
+ROUNDING = ("gptq", "adaround", "erq")
+_MIXED = "works on channels that {0} has mixed"
+# (first, second) -> why {1} may not come behind {0}, and what works.
+_CONFLICTS: dict[tuple[str, str], tuple[str, str]] = {
+    **{("rotation", name): (_MIXED, "list {1} before {0}") for name in ("smoothquant", "awq", "equalization")},
+    ("rotation", "repq"): (_MIXED, "keep one of them"),
+    ("repq", "rotation"): ("mixes the channels whose ranges {0} has evened out", "keep one of them"),
+    **{
+        ("flatquant", name): ("changes what {0} was learned on", "list {0} behind the other transforms")
+        for name in ("smoothquant", "awq", "equalization", "rotation", "repq")
+    },
+    **{
+        (first, second): ("makes another error than the one that {0} has corrected", "list {1} before {0}")
+        for first in ("bias_correction", "norm_tweaking")
+        for second in ROUNDING
+    },
+    **{
+        (first, second): ("finds weights that {0} has rounded", "keep one of them")
+        for first in ROUNDING
+        for second in ROUNDING
+        if first != second
+    },
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A pass with its checked options."""
@@ -166,7 +191,8 @@ def parse_steps(passes: Sequence[str | Mapping[str, Any]], key: str = "quantize.
         key: named in errors.
 
     Raises:
-        RecipeError: unknown pass or option (with a suggestion), a bad value, or passes in an order that cannot be.
+        RecipeError: unknown pass or option (with a suggestion), a bad value, or passes that undo each other or stand in
+            an order that cannot be (with the order that works).
     """
     steps = []
     for entry in passes:
@@ -185,6 +211,16 @@ def parse_steps(passes: Sequence[str | Mapping[str, Any]], key: str = "quantize.
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise RecipeError(message(f"{key}: listed twice: {', '.join(twice)}"))
+    for pair in combinations(names, 2):
+        if pair in _CONFLICTS:
+            why, fix = _CONFLICTS[pair]
+            raise RecipeError(
+                message(
+                    f"{key}: {pair[1]!r} behind {pair[0]!r} {why.format(*pair)}",
+                    found=", ".join(names),
+                    fix=fix.format(*pair),
+                )
+            )
     setting = [step.name for step in steps if step.kind == "ranges"]
     if len(setting) > 1:
         raise RecipeError(message(f"{key}: {' and '.join(setting)} both set ranges", fix="keep one of them"))

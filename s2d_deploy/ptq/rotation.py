@@ -144,6 +144,10 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
                 fix="set rotation.online: true, or leave the pass out",
             )
         )
+    if options.residual and not done.norms:
+        first = next((f"{n}: {why}" for n, why in done.left_out.items() if n.startswith("residual")), "none was found")
+        more = "" if options.online else "; `online: true` rotates in front of the layers instead"
+        logger.warning("rotation turns no residual stream (%s)%s", first, more)
     for name, reason in done.left_out.items():
         logger.info("rotation leaves out %s: %s", name, reason)
     plan.info["rotation"] = {

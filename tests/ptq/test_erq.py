@@ -10,7 +10,7 @@ import tiny_quantized as tiny
 import torch
 from torch import nn
 
-from s2d_deploy.errors import ModelError, RecipeError
+from s2d_deploy.errors import RecipeError
 from s2d_deploy.fake_quant import dequantize, quantize
 from s2d_deploy.grid import Grid, PerAxis, PerBlock
 from s2d_deploy.observers import weight_parameters
@@ -189,5 +189,5 @@ def test_twice_the_same():
 
 
 def test_rounded_weights_are_refused():
-    with pytest.raises(ModelError, match=r"pass 'erq': weights already lie on their grids in 12 layer.*\(gptq\)"):
+    with pytest.raises(RecipeError, match=r"'erq' behind 'gptq' finds weights that gptq has rounded.*keep one of them"):
         tiny.run("bert", "w4a4", ["gptq", "erq"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,18 @@ def test_a_budget_that_nothing_meets():
     model, batches, ops = small()
     with pytest.raises(PlanError, match=r"below the cheapest assignment.*at least 4"):
         run_passes(model, ops, "w4a4", parse_steps([{"mixed": {"budget": 3}}]), Context(lambda: batches, "y"))
+
+
+def test_a_budget_that_nothing_meets_is_refused_before_the_measurement_and_names_one_that_works():
+    model, batches, ops = small()
+    said: list[str] = []
+    context = Context(lambda: batches, "y", progress=said.append)
+    with pytest.raises(PlanError, match=r"Expected: at least ([\d.]+), every op at its cheapest") as caught:
+        run_passes(model, ops, "w4a4", parse_steps([{"mixed": {"budget": 3.1, "unit": "weight_bits"}}]), context)
+    assert not [text for text in said if text.startswith("sensitivity")]
+    least = float(re.search(r"at least ([\d.]+),", str(caught.value))[1])
+    run_passes(model, ops, "w4a4", parse_steps([{"mixed": {"budget": least, "unit": "weight_bits"}}]), context)
+    costs = {"a": {"x": 1 / 3}, "b": {"x": 1 / 7}}
+    with pytest.raises(PlanError) as caught:
+        assign(costs, costs, 0.1)
+    assign(costs, costs, float(re.search(r"at least ([\d.]+),", str(caught.value))[1]))

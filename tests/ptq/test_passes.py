@@ -163,3 +163,30 @@ def test_a_recipe_names_passes_and_presets():
 def test_a_recipes_own_keys_win_over_its_preset():
     assert QuantizeSection(preset="w4a4").precisions == ("w4a4",)
     assert QuantizeSection(preset="w4a4", precisions=("w8a8",)).precisions == ("w8a8",)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["rotation", "smoothquant"], "'smoothquant' behind 'rotation' works on channels that rotation has mixed"),
+        (["awq", "flatquant", "rotation"], "'rotation' behind 'flatquant' changes what flatquant was learned on"),
+        (["repq", "rotation"], "'rotation' behind 'repq' mixes the channels whose ranges repq has evened out"),
+        (["gptq", "adaround"], "'adaround' behind 'gptq' finds weights that gptq has rounded"),
+        (["bias_correction", "erq"], "'erq' behind 'bias_correction' makes another error than the one that"),
+        (["rotation", "rotation"], "listed twice: rotation"),
+    ],
+)
+def test_passes_that_undo_each_other_are_refused_before_anything_runs(given: list[str], words: str):
+    with pytest.raises(RecipeError) as caught:
+        parse_steps(given)
+    assert words in str(caught.value)
+
+
+def test_the_order_that_a_refusal_names_is_accepted():
+    for first, second in passes._CONFLICTS:
+        with pytest.raises(RecipeError) as caught:
+            parse_steps([first, second])
+        text = str(caught.value)
+        assert "Fix: " in text
+        if "keep one of them" not in text:  # the other way round
+            assert {first, second} <= {step.name for step in parse_steps([second, first])}

@@ -420,3 +420,14 @@ def test_wrong_options_are_errors():
 def test_the_preset():
     assert preset("w4a4_rotated")["precisions"] == ["w4a4"]
     assert "rotation" in [step.name for step in parse_steps(preset("w4a4_rotated")["passes"])]
+
+
+def test_a_model_whose_norms_cannot_take_a_rotation_is_told_so(caplog):
+    with caplog.at_level("WARNING"):
+        turned(bert(layers=1), sentences())
+    assert "rotation turns no residual stream (residual stream of " in caplog.text
+    assert "`online: true` rotates in front of the layers instead" in caplog.text
+    caplog.clear()
+    turned(vit(layers=1), images())
+    turned(bert(layers=1), sentences(), residual=False)
+    assert not caplog.text
