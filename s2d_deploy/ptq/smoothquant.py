@@ -8,7 +8,9 @@ and listed.
 
 What is lost: nothing in real arithmetic; in float32 the last bits. Not guaranteed: a lower error with a fixed
 `alpha`, which moves range from activations into weights whether that helps or not. ``alpha: auto`` measures, and
-keeps a tensor as it is where no alpha helps on the calibration tokens.
+keeps a tensor as it is where no alpha helps on the calibration tokens. It looks at real tokens; where ranges are set
+from padding as well, and padding is larger than they are once they are smoothed (all-MiniLM-L6-v2 behind its GELUs: 24
+against 1), what is executed is worse than what it measured.
 """
 
 from __future__ import annotations
