@@ -246,20 +246,18 @@ def _pair(title: str, mine: str | None, theirs: str | None, rows: Mapping[str, R
     """Two figures of two rows: accuracy missing, seconds over seconds."""
     names = (f"{title}: {unit} below the peer", f"{title}: seconds over the peer's")
     limits = (0.0, 1.0)
-    reasons = [
-        f"{name or 'nothing'}: {rows[name].unavailable if name in rows else 'not measured'}"
-        for name in (mine, theirs)
-        if name is None or not rows[name].scores
-    ]
+    reasons = []
+    for name in (mine, theirs):
+        row = None if name is None else rows.get(name)
+        if row is None or not row.scores:
+            reasons.append(f"{name or 'nothing'}: {row.unavailable if row is not None else 'not measured'}")
     if reasons or mine is None or theirs is None:
-        return [
-            Figure(n, None, at, "undecided", f"unavailable: {'; '.join(reasons)}")
-            for n, at in zip(names, limits, strict=True)
-        ]
+        note = f"unavailable: {'; '.join(reasons)}"
+        return [Figure(name, None, limit, "undecided", note) for name, limit in zip(names, limits, strict=True)]
     from s2d_deploy.paired import paired_drop
 
     ours_row, peer = rows[mine], rows[theirs]
-    drop = paired_drop(peer.scores["value"].per_sample, ours_row.scores["value"].per_sample)
+    drop = paired_drop(peer.scores["value"].per_sample.tolist(), ours_row.scores["value"].per_sample.tolist())
     note = f"{mine} {ours_row.scores['value'].value:.3f}, {theirs} {peer.scores['value'].value:.3f}; {drop.method}"
     below = Figure(
         names[0],
