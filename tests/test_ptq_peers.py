@@ -125,7 +125,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
         (("int8", "int8@ort", "ort-minmax"), "onnxruntime", {(8, 2)}),
         (("int4", "int4@ort", "ort-rtn", "ort-gptq-sym"), "onnxruntime", {(7, 0), (6, 0)}),
         (("modelopt-int8", "modelopt-awq-lite"), "modelopt", {(8, 0), (7, 0)}),
-        (("nncf", "nncf-int4"), "nncf", {(8, 0), (7, 0)}),
+        (("nncf", "nncf-int4"), "nncf", {(8, 1), (7, 0)}),
     ],
 )
 def test_toolkits_quantize_a_tiny_model(bench: Any, names: tuple[str, ...], package: str, layers: set[Any]):
