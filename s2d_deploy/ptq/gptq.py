@@ -141,7 +141,7 @@ def needed_damp(gram: Tensor, damp: float, title: str = "a layer") -> float:
         try:
             if bool(torch.isfinite(inverse_factor(gram, tried)).all()):
                 return tried
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             logger.debug("gptq: %s: damp %g is not enough", title, tried)
         tried *= 10
     raise DataError(
