@@ -187,4 +187,6 @@ def test_the_flag_says_what_it_needs(tmp_path: Path, capsys):
     assert "no folder" in capsys.readouterr().err
     assert main([*arguments, str(tmp_path / "c.json"), "--target", "ort", "--target", "reference"]) == 2
     assert "--per-op measures one target. Found: ort, reference" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "c.json"), "--target", "reference"]) != 0
+    assert "latency is not measured on the target 'reference'" in capsys.readouterr().err
     assert not (tmp_path / "c.json").exists()
