@@ -7,7 +7,7 @@ once. The precisions of one op take turns in one process (`latency.measure`).
 What a sum of these figures is not: the model's latency. Operators between contractions are left out, tensors that
 several layers share are quantized once for each, an op alone finds its weights in the cache, and what a runtime fuses
 across ops is not seen, and each figure holds one call of the runtime (some 8 us in ONNX Runtime, 35 in TVM, where a
-whole model pays it once). Differences between precisions of one op are what the assignment needs, and those are measured.
+whole model pays it once). Differences between precisions of one op are what the assignment needs; those are measured.
 """
 
 from __future__ import annotations
