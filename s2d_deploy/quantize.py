@@ -131,6 +131,18 @@ def quantized_ops(
     return {name for name, op in ops.items() if _stores_codes(op, chosen[name]) or chosen[name].activations < 16}
 
 
+def quantizes_activations(
+    model: nn.Module, ops: Mapping[str, Op], precision: str, config: QuantizeConfig = QuantizeConfig()
+) -> bool:
+    """Whether `build_plan` would set any activation site's range: if not, no statistics are needed.
+
+    Raises:
+        RecipeError: a pattern in skip or overrides matches no op.
+    """
+    chosen = _chosen(model, ops, parse_precision(precision), config)
+    return any(chosen[name].activations < 16 for name in ops)
+
+
 def _chosen(model: nn.Module, ops: Mapping[str, Op], wanted: Precision, config: QuantizeConfig) -> dict[str, Precision]:
     """Each op's precision."""
     # A layer that something was inserted into is called by its old name, too: a recipe knows no other.

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from s2d_deploy.calibrate import Calibration
 from s2d_deploy.plan import Plan, Site
 from s2d_deploy.ptq import passes
 from s2d_deploy.ptq.activations import sampled_rows
@@ -35,7 +36,7 @@ from s2d_deploy.ptq.smoothquant import (
     quantized_rows,
     quantized_weight,
 )
-from s2d_deploy.quantize import QuantizeConfig, build_plan
+from s2d_deploy.quantize import QuantizeConfig, build_plan, quantizes_activations
 
 logger = logging.getLogger(__name__)
 
@@ -135,5 +136,6 @@ def _weight(model: nn.Module, name: str) -> Tensor:
 def _weight_and_input_sites(model: nn.Module, plan: Plan, context: Context) -> dict[str, Site]:
     """Grids only: ranges are found anew for each candidate."""
     quickly = replace(context.config, weights="absmax", activations="absmax")
-    calibration = context.calibration(model, plan.ops)
+    needed = quantizes_activations(model, plan.ops, plan.precision, quickly)
+    calibration = context.calibration(model, plan.ops) if needed else Calibration()
     return build_plan(model, plan.ops, calibration, plan.precision, quickly).sites

@@ -11,7 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "int8": {"precisions": ["w8a8"]},
     "int8_smoothquant": {"precisions": ["w8a8"], "passes": ["smoothquant"]},
     "int4_awq": {"precisions": ["w4a16"], "passes": ["awq", "ranges", "awq_clip"]},
-    "int4_gptq": {"precisions": ["w4a16"], "passes": ["gptq"]},
+    "int4_gptq": {"precisions": ["w4a16"], "passes": [{"gptq": {"sequential": False}}]},
     "w4a8": {"precisions": ["w4a8"]},
     "w4a4": {"precisions": ["w4a4"]},
     "w4a4_rotated": {"precisions": ["w4a4"], "passes": [{"rotation": {"online": True}}]},

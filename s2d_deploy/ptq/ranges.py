@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from s2d_deploy.calibrate import Calibration
 from s2d_deploy.errors import PlanError, message
 from s2d_deploy.lsq import SOURCE
 from s2d_deploy.plan import Plan
 from s2d_deploy.ptq import passes
 from s2d_deploy.ptq.passes import Context, Quantized
-from s2d_deploy.quantize import build_plan
+from s2d_deploy.quantize import build_plan, quantizes_activations
 
 
 class Options(passes.Options):
@@ -21,7 +22,9 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
     were trained with the weights are taken as they were trained.
     """
     plan = quantized.plan
-    statistics = context.calibration(quantized.model, plan.ops)
+    statistics = Calibration()
+    if quantizes_activations(quantized.model, plan.ops, plan.precision, context.config):
+        statistics = context.calibration(quantized.model, plan.ops)
     made = build_plan(quantized.model, plan.ops, statistics, plan.precision, context.config)
     made.sites.update({name: site for name, site in plan.sites.items() if name in made.sites})
     if context.learned is not None:
