@@ -48,6 +48,10 @@ def apply(quantized: Quantized, context: Context, options: Options) -> Quantized
                 work.leave_out(name, "it has no bias")
             else:
                 biased.append(name)
+        if not any(cast(Tensor, work.reference.get_submodule(name).weight).any() for name in group):
+            for name in biased:
+                work.leave_out(name, "its weights are all zero")
+            biased = []
         if not biased:
             continue
         context.progress(f"bias_correction: {', '.join(biased)}")

@@ -423,7 +423,7 @@ def _check_unrounded(quantized: Quantized, names: Sequence[str], pass_name: str)
         raise ModelError(
             message(
                 f"pass {pass_name!r}: weights already lie on their grids in {len(on_grid)} layer(s): "
-                + ", ".join(on_grid),
+                + ", ".join([*on_grid[:4], *(["..."] if len(on_grid) > 4 else [])]),
                 expected="weights that have not been rounded",
                 fix="list one pass that chooses codes (gptq, adaround or erq)",
             )

@@ -83,6 +83,16 @@ def test_a_layer_without_bias_is_left_out_and_said(caplog: pytest.LogCaptureFixt
     assert found.model.head.bias is None
 
 
+def test_a_layer_of_zeros_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):
+    model, batches, output = tiny.case("bert")
+    name = "encoder.layer.1.output.dense"
+    with torch.no_grad():
+        model.get_submodule(name).weight.zero_()
+    monkeypatch.setattr(tiny, "case", lambda _kind: (model, batches, output))
+    quantized, _, _ = tiny.run("bert", "w4a8", ["bias_correction"])
+    assert quantized.plan.info["left_out"]["bias_correction"] == {name: "its weights are all zero"}
+
+
 def test_twice_the_same():
     states = [tiny.run("bert", "w4a4", ["bias_correction"])[0].model.state_dict() for _ in range(2)]
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
