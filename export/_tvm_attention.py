@@ -167,7 +167,7 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
             scores = b.alloc_buffer((isa.rows * columns,), "float32")
             largest = b.alloc_buffer((isa.rows * lanes,), "float32")
             lane_values = b.alloc_buffer((lanes,), "float32")
-            total = b.alloc_buffer((2,), "float32")
+            totals = b.alloc_buffer((isa.rows,), "float32")
             scratch = scratch_of(epilogue, lanes)
 
             def codes_of(p: Any) -> Any:
@@ -184,40 +184,44 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
                 b.buffer_store(scores, value, [r * columns + column])
                 b.buffer_store(largest, tirx.max(largest[r * lanes + lane], value), [r * lanes + lane])
 
-            def softmax(r: Any, row: Any) -> None:
+            def softmax(first: Any, height: int) -> None:
+                """One step for all rows of the tile before the next: what a row waits for, others hide."""
                 zero, lowest = tirx.const(0.0, "float32"), tirx.const(_LOWEST, "float32")
-                if valid % lanes:
-                    with b.serial(0, vectors * lanes - valid) as lane:
-                        b.buffer_store(scores, lowest, [r * columns + valid + lane])
-                with b.vectorized(0, lanes) as lane:
-                    b.buffer_store(lane_values, largest[r * lanes + lane], [lane])
-                b.buffer_store(total, folded(lane_values, lanes, tirx.max), [0])
-                with b.vectorized(0, lanes) as lane:
-                    b.buffer_store(lane_values, zero, [lane])
-                with b.serial(0, vectors) as i:
-                    power = b.alloc_buffer((lanes,), "float32")
+                with b.serial(0, height) as r:
+                    if valid % lanes:
+                        with b.serial(0, vectors * lanes - valid) as lane:
+                            b.buffer_store(scores, lowest, [r * columns + valid + lane])
                     with b.vectorized(0, lanes) as lane:
-                        at = r * columns + i * lanes + lane
-                        b.buffer_store(power, fast.exp_of_negative(scores[at] - total[0]), [lane])
-                        b.buffer_store(scores, power[lane], [at])
-                        b.buffer_store(lane_values, lane_values[lane] + power[lane], [lane])
-                whole = folded(lane_values, lanes, lambda x, y: x + y)
-                b.buffer_store(total, tirx.const(1.0, "float32") / whole, [1])
-                target = (product * geometry.rows + row) * depth
+                        b.buffer_store(lane_values, largest[r * lanes + lane], [lane])
+                    b.buffer_store(totals, folded(lane_values, lanes, tirx.max), [r])
+                with b.serial(0, height) as r:
+                    with b.vectorized(0, lanes) as lane:
+                        b.buffer_store(lane_values, zero, [lane])
+                    with b.serial(0, vectors) as i:
+                        power = b.alloc_buffer((lanes,), "float32")
+                        with b.vectorized(0, lanes) as lane:
+                            at = r * columns + i * lanes + lane
+                            b.buffer_store(power, fast.exp_of_negative(scores[at] - totals[r]), [lane])
+                            b.buffer_store(scores, power[lane], [at])
+                            b.buffer_store(lane_values, lane_values[lane] + power[lane], [lane])
+                    whole = folded(lane_values, lanes, lambda x, y: x + y)
+                    b.buffer_store(totals, tirx.const(1.0, "float32") / whole, [r])
+                with b.serial(0, height) as r:
+                    target = (product * geometry.rows + first + r) * depth
 
-                def finish(n: Any) -> None:
-                    value = scores[r * columns + n] * total[1]
-                    b.buffer_store(o, byte_code(value, scale[0], code), [target + n])
+                    def finish(n: Any) -> None:
+                        value = scores[r * columns + n] * totals[r]
+                        b.buffer_store(o, byte_code(value, scale[0], code), [target + n])
 
-                if valid // lanes:
-                    with b.serial(0, valid // lanes) as i, b.vectorized(0, lanes) as lane:
-                        finish(i * lanes + lane)
-                if valid % lanes:
-                    with b.serial(0, valid % lanes) as n:
-                        finish(valid // lanes * lanes + n)
-                if depth > valid:
-                    with b.serial(0, depth - valid) as n:
-                        b.buffer_store(o, tirx.const(0, "uint8"), [target + valid + n])
+                    if valid // lanes:
+                        with b.serial(0, valid // lanes) as i, b.vectorized(0, lanes) as lane:
+                            finish(i * lanes + lane)
+                    if valid % lanes:
+                        with b.serial(0, valid % lanes) as n:
+                            finish(valid // lanes * lanes + n)
+                    if depth > valid:
+                        with b.serial(0, depth - valid) as n:
+                            b.buffer_store(o, tirx.const(0, "uint8"), [target + valid + n])
 
             def rows(first: Any, height: int) -> None:
                 with b.serial(0, height) as r, b.vectorized(0, lanes) as lane:
@@ -233,8 +237,7 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
                     )
                     with b.serial(0, height) as r:
                         each_vector(panels, lanes, p, lambda v, lane: score(p, r, first + r, v, lane))
-                with b.serial(0, height) as r:
-                    softmax(r, first + r)
+                softmax(first, height)
 
             with b.serial(0, per_cut) as i:
                 at = cut * per_cut + i

@@ -125,7 +125,7 @@ def byte_code(x: Any, scale: Any, step: Step) -> Any:
     def f(value: int) -> Any:
         return tirx.const(float(value), "float32")
 
-    rounded = tirx.nearbyint(x / scale)  # half to even: LLVM's nearbyint in the default rounding mode
+    rounded = fast.nearbyint(x / scale)
     if step.zero:
         rounded = rounded + f(step.zero)
     clamped = tirx.max(tirx.min(rounded, f(step.high)), f(step.low))

@@ -256,7 +256,7 @@ class GraphImporter:
         values = attributes(node)
 
         def code(x: Any, s: Any, z: Any) -> Any:
-            rounded = tirx.nearbyint(x / s) + z  # half to even: LLVM's nearbyint in the default rounding mode
+            rounded = fast.nearbyint(x / s) + z
             clamped = tirx.max(tirx.min(rounded, tirx.const(float(high), "float32")), tirx.const(float(low), "float32"))
             return clamped.astype("int32").astype(dtype)
 
