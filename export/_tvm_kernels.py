@@ -122,9 +122,7 @@ class Tile:
         """``out[r, :width] = start + sum_k a[row r, k] * codes[k, :]``, `out` being flat with rows of `width`."""
         b, lanes, width = ir(), self.isa.lanes, self.panels.width
         # A vector for each accumulator, small enough for the stack: LLVM keeps them in registers.
-        acc = {
-            (r, v): b.alloc_buffer((lanes,), "int32") for r in range(len(row_starts)) for v in range(self.vectors)
-        }
+        acc = {(r, v): b.alloc_buffer((lanes,), "int32") for r in range(len(row_starts)) for v in range(self.vectors)}
         every = ramp(0, lanes)
         for (_, v), vector in acc.items():
             b.buffer_store(vector, start(v), [every])

@@ -1,7 +1,7 @@
 """exp, erf, tanh and sigmoid as plain FP32 arithmetic, so that they run in vectors instead of calling libm one by one.
 
 Errors, measured at a million points of [-30, 30] against float64: exp 1.5e-7 relative (it saturates at -87.3 and 88.7),
-tanh and sigmoid 3e-7 absolute, erf 3e-7 absolute. Polynomials are interpolated at Chebyshev points when they are first
+tanh and sigmoid 3e-7 absolute, erf 4e-7 absolute. Polynomials are interpolated at Chebyshev points when they are first
 needed; none of them divides, branches or looks anything up.
 Every function takes and returns a TIR expression of type float32.
 """
@@ -50,7 +50,7 @@ def _power_of_two(n: Any, x: Any) -> Any:
 
     rest = x - n * _f(0.693359375) - n * _f(-2.12194440e-4)  # ln 2 in two parts, the first exact in few bits
     power = tirx.reinterpret("float32", (n.astype("int32") + 127) << 23)
-    return _polynomial(_exp_coefficients(), rest) * power
+    return (_polynomial(_exp_coefficients(), rest) * (rest * rest) + rest + _f(1.0)) * power
 
 
 def erf(x: Any) -> Any:
@@ -78,10 +78,14 @@ def _erf_coefficients() -> tuple[float, ...]:
 
 @lru_cache(maxsize=1)
 def _exp_coefficients() -> tuple[float, ...]:
-    """Of e^x on |x| <= ln(2) / 2, interpolated at 7 Chebyshev points; error 3e-9 before rounding."""
+    """Of ``(e^x - 1 - x) / x^2`` on |x| <= ln(2) / 2: interpolated at 6 Chebyshev points; error of e^x 1e-9."""
     half = math.log(2.0) / 2.0
-    found = _interpolated(lambda place: math.exp(place * half), 6)
-    return tuple(c / half**k for k, c in enumerate(found))
+
+    def ratio(place: float) -> float:
+        x = place * half
+        return sum(x**k / math.factorial(k + 2) for k in range(20))
+
+    return tuple(c / half**k for k, c in enumerate(_interpolated(ratio, 5)))
 
 
 def _interpolated(function: Callable[[float], float], degree: int) -> tuple[float, ...]:
@@ -94,6 +98,12 @@ def _interpolated(function: Callable[[float], float], degree: int) -> tuple[floa
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Any) -> Any:
+    """Even and odd powers apart: two short chains of dependent operations keep more elements in flight than one."""
+    square = x * x
+    return _horner(coefficients[1::2], square) * x + _horner(coefficients[0::2], square)
+
+
+def _horner(coefficients: tuple[float, ...], x: Any) -> Any:
     result = _f(coefficients[-1])
     for c in coefficients[-2::-1]:
         result = result * x + _f(c)
