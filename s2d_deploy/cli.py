@@ -259,7 +259,8 @@ def quantize(as_json: bool, preset: str | None, **options: Any) -> None:
     error comes from, layer by layer (quantize.error_samples=0 leaves that out).
 
     \b
-    Presets: int8, int8_smoothquant, int4_awq, int4_gptq, w4a8, w4a4, w4a4_rotated, w4a4_erq, w4a4_repq, nvfp4
+    Presets: int8, int8_smoothquant, int4_awq, int4_gptq, w4a8, w4a4, w4a4_rotated, w4a4_erq, w4a4_repq,
+      w4a4_flatquant, nvfp4
     Examples:
       s2d-deploy quantize my.yaml --preset w4a4_erq
       s2d-deploy quantize my.yaml --set "quantize.passes=[smoothquant, ranges, gptq]" --precision w4a8

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from itertools import combinations, pairwise
@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from s2d_deploy.calibrate import Calibration, calibrate
-from s2d_deploy.errors import PlanError, RecipeError, message
+from s2d_deploy.errors import DataError, PlanError, RecipeError, message
 from s2d_deploy.fake_quant import dequantize, quantize
 from s2d_deploy.plan import Op, Plan
 from s2d_deploy.quantize import QuantizeConfig
@@ -255,9 +255,11 @@ def run_passes(
 
     Raises:
         PlanError: a pass left a weight off its grid.
+        DataError: NaN or infinity in the calibration data.
         S2DDeployError: whatever a pass refuses.
     """
     quantized = Quantized(copy.deepcopy(model).eval(), Plan(precision, dict(ops)))
+    context = replace(context, batches=_finite(context.batches))
     for step in steps:
         context.progress(step.name)
         apply = cast(Apply, importlib.import_module(PASSES[step.name].module).apply)
@@ -268,6 +270,27 @@ def run_passes(
             _check_on_grid(quantized, step.name)
     quantized.plan.info["passes"] = [step.document() for step in steps]
     return quantized
+
+
+def _finite(batches: Callable[[], Iterable[Batch]]) -> Callable[[], Iterable[Batch]]:
+    """`batches`, each looked at: a NaN spreads into every sum, and not every pass would fall over it."""
+
+    def checked() -> Iterator[Batch]:
+        for index, batch in enumerate(batches()):
+            for name, values in batch.items():
+                if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+                    found = int((~torch.isfinite(values)).sum())
+                    raise DataError(
+                        message(
+                            f"calibration batch {index}, input {name!r}: NaN or infinity",
+                            expected="finite values",
+                            found=f"{found} of {values.numel()}",
+                            fix="leave those samples out, or mend what reads them",
+                        )
+                    )
+            yield batch
+
+    return checked
 
 
 def put_on_grid(quantized: Quantized, site: str, codes: Tensor, source: str) -> None:

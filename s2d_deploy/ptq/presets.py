@@ -17,6 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "w4a4_rotated": {"precisions": ["w4a4"], "passes": [{"rotation": {"online": True}}]},
     "w4a4_erq": {"precisions": ["w4a4"], "passes": ["erq"]},
     "w4a4_repq": {"precisions": ["w4a4"], "passes": ["repq"]},
+    "w4a4_flatquant": {"precisions": ["w4a4"], "passes": ["flatquant", "erq", "norm_tweaking"]},
     "nvfp4": {"precisions": ["nvfp4"]},
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from s2d_deploy.discovery import discover
-from s2d_deploy.errors import PlanError, RecipeError
+from s2d_deploy.errors import DataError, PlanError, RecipeError
 from s2d_deploy.fake_quant import quantize
 from s2d_deploy.ptq import passes
 from s2d_deploy.ptq.passes import Context, Quantized, parse_steps, put_on_grid, run_passes
@@ -180,6 +180,15 @@ def test_passes_that_undo_each_other_are_refused_before_anything_runs(given: lis
     with pytest.raises(RecipeError) as caught:
         parse_steps(given)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("precision", "given"), [("w4a4", []), ("w4a8", ["gptq"]), ("w8a8", ["adaround"])])
+def test_nan_in_the_calibration_data_is_named(precision: str, given: list[str]):
+    model, batches, ops = small()
+    bad = [batches[0], {"x": batches[1]["x"].clone()}]
+    bad[1]["x"][0, :2] = float("inf")
+    with pytest.raises(DataError, match=r"calibration batch 1, input 'x': NaN or infinity.*Found: 2 of 40"):
+        run_passes(model, ops, precision, parse_steps(given), Context(lambda: bad, "output"))
 
 
 def test_the_order_that_a_refusal_names_is_accepted():
