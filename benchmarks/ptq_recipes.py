@@ -61,14 +61,8 @@ RECIPES: dict[str, tuple[list[Any], dict[str, Any]]] = {
     "rotated-gptq-token": ([{"rotation": {"online": True}}, "gptq"], TOKEN),
     "smooth-rotated-token": ([{"smoothquant": {"insert": True}}, {"rotation": {"online": True}}], TOKEN),
     "smooth-rotated-gptq-token": ([{"smoothquant": {"insert": True}}, {"rotation": {"online": True}}, "gptq"], TOKEN),
-    "flatquant-erq-norm": (
-        [
-            {"flatquant": {"iterations": 150}},
-            "erq",
-            "norm_tweaking",
-        ],
-        {},
-    ),
+    "flatquant-erq-norm": (["flatquant", "erq", "norm_tweaking"], {}),
+    "flatquant-erq-norm-token": (["flatquant", "erq", "norm_tweaking"], TOKEN),
     "flatquant-gptq": (["flatquant", "gptq"], {}),
     "flatquant-gptq-token": (["flatquant", "gptq"], TOKEN),
 }
