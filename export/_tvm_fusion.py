@@ -90,7 +90,7 @@ def fusible(product: Product, stored: Stored | None) -> bool:
         product.arithmetic == "integer"
         and product.blocks == 1
         and product.window is None
-        and product.token_scale is None
+        and (product.token_scale is None or product.shared_right)
         and product.right_correction == 0
         and product.right_shift == 0
         and (stored is None or stored.correction is None)
@@ -228,9 +228,17 @@ class _Finder:
         rows = product.rows if not product.shared_right else size // product.panels.n
         return np.arange(size).reshape(*batch_of(product), rows, product.panels.n)
 
-    def _tail(self, node: onnx.NodeProto, product: Product) -> Unit:
+    def _tail(self, node: onnx.NodeProto, product: Product) -> Unit | None:
         unit, full = Unit("tail", [node], node), self._full(product)
-        value, number = self._elementwise(unit, node.output[0], 1, full)
+        number = 1
+        if product.token_scale is not None:
+            shape = self.graph.shapes[product.token_scale]
+            if int(np.prod(shape, dtype=np.int64)) != product.rows:
+                return None
+            unit.operands.append((product.token_scale, Place(shape, (0, 0, 1, 0))))
+            unit.steps.append(Step("Mul", (("value", number), ("operand", 1))))
+            number += 1
+        value, number = self._elementwise(unit, node.output[0], number, full)
         # Relabelled places: worth it only where a quantizer comes behind.
         moves: list[onnx.NodeProto] = []
         end, labels = value, full.reshape(self.graph.shapes[value])

@@ -297,3 +297,39 @@ def test_fused_kernels_compute_what_single_operators_do(
         assert found.dtype == plain_codes[site].dtype
         np.testing.assert_array_equal(found, plain_codes[site], err_msg=site)
     np.testing.assert_allclose(y, plain_y, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_of_each_token_are_part_of_the_kernel(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A BERT with run-time scales: every projection is one kernel, and computes what single operators do."""
+    import tiny_quantized as tiny
+
+    from s2d_deploy.export import _tvm_import  # noqa: TID251
+    from s2d_deploy.registry import load_exporter, load_runtime, load_target
+
+    quantized, context, _ = tiny.run("bert", "w4a4", [], activation_granularity="token")
+    batch = next(iter(context.batches()))
+    path = tmp_path / "model.onnx"
+    load_exporter()(quantized.model, quantized.plan, batch, ["last_hidden_state"], path, dynamic={})
+    model = onnx.load(path)
+    sizes = {"batch": next(iter(batch.values())).shape[0]}
+    graph = fix_dimensions(model, sizes)
+    isa = isa_of(tvm.target.Target(resolve_target("native")))
+    tokens = token_operands(graph)
+    products = {c.node.name: lower_product(graph, c, tokens, isa, {}) for c in contractions(model)}
+    found = find_units(graph, _live(graph, products), products, graph.outputs)
+    scaled = [u for u in found if u.kind == "tail" and products[u.node.name][0].token_scale]
+    assert len(scaled) == 12
+    assert all(unit.steps[0].op == "Mul" and unit.operands[0][1].strides == (0, 0, 1, 0) for unit in scaled)
+    target, runtime = load_target("tvm"), load_runtime("tvm")
+    feeds = {name: value.numpy() for name, value in batch.items()}
+    results = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(_tvm_import, "find_units", lambda *_: [])
+        folder = tmp_path / str(fused)
+        folder.mkdir()
+        options = target.shape_options([sizes["batch"]], {})
+        artifact = target.build(path, folder, precision="w4a4", options=options, progress=lambda _: None)
+        with runtime.open(artifact, threads=2) as session:
+            results.append(session.run(feeds)["last_hidden_state"])
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-4, atol=1e-4)
