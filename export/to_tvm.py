@@ -16,6 +16,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,20 @@ from s2d_deploy.session import Artifact, Progress
 from ._tvm_isa import NATIVE
 
 DEFAULT_BATCHES = (1,)
+# What `--help` and docs/tvm.md show; the tests run these very lines.
+PYTHON = """\
+import json, numpy, tvm.runtime.vm
+from safetensors.numpy import load_file
+
+about = json.load(open("OUT_FOLDER/model.json"))
+library = tvm.runtime.load_module("OUT_FOLDER/model.so")
+vm = tvm.runtime.vm.VirtualMachine(library, tvm.cpu())
+stored = load_file("OUT_FOLDER/params.safetensors")
+names = about["functions"]["run_1"]["parameters"]
+parameters = tuple(tvm.runtime.tensor(stored[name]) for name in names)
+batch = numpy.load("batch.npy")  # one sample, of the type and shape that about["inputs"] gives
+outputs = [y.numpy() for y in vm["run_1"](tvm.runtime.tensor(batch), parameters)]
+"""
 _OPTIONS = ("batch", "shapes", "device")
 
 
@@ -189,15 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "  model.json           inputs, batch sizes, entries, required processor features"
         ),
         epilog=(
-            "The result needs TVM's runtime only, no compiler:\n\n"
-            "  import json, numpy, tvm\n"
-            "  from safetensors.numpy import load_file\n"
-            '  about = json.load(open("OUT_FOLDER/model.json"))\n'
-            '  vm = tvm.relax.VirtualMachine(tvm.runtime.load_module("OUT_FOLDER/model.so"), tvm.cpu())\n'
-            '  stored = load_file("OUT_FOLDER/params.safetensors")\n'
-            '  names = about["functions"]["run_1"]["parameters"]\n'
-            "  parameters = tuple(tvm.runtime.tensor(stored[name]) for name in names)\n"
-            '  outputs = vm["run_1"](tvm.runtime.tensor(batch), parameters)\n\n'
+            "The result needs TVM's runtime only, no compiler (docs/tvm.md: C++, other machines):\n\n"
+            f"{textwrap.indent(PYTHON, '  ')}\n"
             "TVM_NUM_THREADS sets the number of threads.\n\n"
             "examples:\n"
             "  python -m s2d_deploy.export.to_tvm quantized/model.onnx out/tvm --batch 1 --batch 64\n"

@@ -25,7 +25,9 @@ _AGAIN = "build it again with `s2d-deploy build`"
 def write_description(folder: Path, files: dict[str, str], description: dict[str, Any]) -> None:
     """Write ``model.json`` beside the other `files` (by role), with their digests."""
     digests = {name: sha256_file(folder / name) for role, name in sorted(files.items()) if role != "description"}
-    document = {"format": FORMAT, "format_version": FORMAT_VERSION, **description, "sha256": digests}
+    sizes = {name: (folder / name).stat().st_size for name in digests}  # for readers that cannot compute digests
+    facts = {"sha256": digests, "size_bytes": sizes}
+    document = {"format": FORMAT, "format_version": FORMAT_VERSION, **description, **facts}
     (folder / DESCRIPTION).write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -53,7 +53,7 @@ class TvmSession:
         self.threads = _set_threads(tvm, threads)
         self._tensor: Callable[[Array], Any] = tvm.runtime.tensor
         try:
-            self._vm: Any = tvm.relax.VirtualMachine(_load(tvm, artifact), tvm.cpu())
+            self._vm: Any = tvm.runtime.vm.VirtualMachine(_load(tvm, artifact), tvm.cpu())
         except Exception as error:
             raise ArtifactError(
                 message(
@@ -286,7 +286,7 @@ RUNTIME = TvmRuntime()
 def _import_tvm() -> Any:
     try:
         import tvm
-        import tvm.relax
+        import tvm.runtime.vm  # not tvm.relax: TVM without its compiler has no such package
     except ImportError as error:
         raise RuntimeUnavailable(
             message("TVM is not installed", found=str(error), fix="pip install 's2d-deploy[tvm]'")
