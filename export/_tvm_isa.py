@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from s2d_deploy.errors import RecipeError, message
 from s2d_deploy.runtimes._cpu_features import cpu_features, cpu_name
@@ -46,9 +46,19 @@ _KERNEL_NAMES = {
     "avx512fp16": "avx512_fp16",
     "amx-tile": "amx_tile",
     "amx-int8": "amx_int8",
+}
+_ARM_KERNEL_NAMES = {
+    "neon": "asimd",
+    "lse": "atomics",
+    "crc": "crc32",
+    "rdm": "asimdrdm",
+    "fullfp16": "asimdhp",
+    "fp16fml": "asimdfhm",
     "dotprod": "asimddp",
     "i8mm": "i8mm",
+    "bf16": "bf16",
     "sve": "sve",
+    "sve2": "sve2",
 }
 _V3 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
@@ -58,7 +68,11 @@ _CLASSES: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (_V4, {"mcpu": "x86-64-v4"}),
     (_V3, {"mcpu": "x86-64-v3"}),
     (("sse4_2",), {"mcpu": "x86-64-v2"}),
+    (("asimddp", "i8mm"), {"mattr": ["+neon", "+dotprod", "+i8mm"]}),
+    (("asimddp",), {"mattr": ["+neon", "+dotprod"]}),
+    (("asimd",), {"mattr": ["+neon"]}),
 )
+Form = Literal["bytes", "signed bytes", "pairs", "one by one"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +84,44 @@ class Isa:
         lanes: 32-bit lanes of a vector register.
         rows: rows of the register tile.
         widths: panel widths that fit the registers together with `rows`.
-        dot: LLVM intrinsic of the byte dot product; None where products are widened one by one.
-        mnemonic: of that instruction, as a disassembly shows it; "" where there is none.
-        group: bytes that one lane of `dot` takes together.
+        form: how codes are multiplied, see `_tvm_multiply`: ``"bytes"``: `dot` takes bytes without sign times signed
+            ones; ``"signed bytes"``: it takes signed ones only; ``"pairs"``: bytes are widened to 16 bits and `dot`
+            adds pairs of products; ``"one by one"``: widened to 32 bits.
+        dot: LLVM intrinsic that multiplies and adds; "" where `form` needs none.
+        narrow: of "pairs": the intrinsic that multiplies bytes and adds pairs in 16 bits, saturating.
+        mnemonic: of `dot` as a disassembly shows it in the inner loop; "" where there is none.
+        group: bytes of K that one lane takes together.
+        ahead: groups of the left operand that are loaded at once.
     """
 
     name: str
     lanes: int
     rows: int
     widths: tuple[int, ...]
-    dot: str | None
-    mnemonic: str
-    group: int
+    form: Form = "one by one"
+    dot: str = ""
+    narrow: str = ""
+    mnemonic: str = ""
+    group: int = 1
+    ahead: int = 1
 
 
-_AVX512_VNNI = Isa("AVX512-VNNI", 16, 6, (64, 48, 32, 16), "llvm.x86.avx512.vpdpbusd.512", "vpdpbusd", 4)
-_AVX_VNNI = Isa("AVX-VNNI", 8, 6, (16, 8), "llvm.x86.avx512.vpdpbusd.256", "vpdpbusd", 4)
-_AVX512 = Isa("AVX512", 16, 6, (64, 48, 32, 16), None, "", 1)
-_AVX2 = Isa("AVX2", 8, 6, (16, 8), None, "", 1)
-_PLAIN = Isa("plain vectors of 128 bits", 4, 4, (8, 4), None, "", 1)
+def _dot(name: str, lanes: int, rows: int, widths: tuple[int, ...], dot: str, mnemonic: str) -> Isa:
+    return Isa(name, lanes, rows, widths, "bytes", dot, "", mnemonic, 4)
+
+
+def _pairs(name: str, lanes: int, rows: int, widths: tuple[int, ...], dot: str, narrow: str, mnemonic: str) -> Isa:
+    return Isa(name, lanes, rows, widths, "pairs", f"llvm.x86.{dot}", f"llvm.x86.{narrow}", mnemonic, 4)
+
+
+_AVX512_VNNI = _dot("AVX512-VNNI", 16, 6, (64, 48, 32, 16), "llvm.x86.avx512.vpdpbusd.512", "vpdpbusd")
+_AVX_VNNI = _dot("AVX-VNNI", 8, 6, (16, 8), "llvm.x86.avx512.vpdpbusd.256", "vpdpbusd")
+_AVX512 = _pairs("AVX512", 16, 6, (48, 32, 16), "avx512.pmaddw.d.512", "avx512.pmaddubs.w.512", "vpmaddwd")
+_AVX2 = _pairs("AVX2", 8, 6, (16, 8), "avx2.pmadd.wd", "avx2.pmadd.ub.sw", "vpmaddwd")
+_SSSE3 = _pairs("SSSE3", 4, 4, (8, 4), "sse2.pmadd.wd", "ssse3.pmadd.ub.sw.128", "pmaddwd")
+_I8MM = Isa("Arm i8mm", 4, 4, (16, 8, 4), "bytes", "llvm.aarch64.neon.usdot.v4i32.v16i8", "", "sudot", 4, 4)
+_DOTPROD = Isa("Arm dotprod", 4, 4, (16, 8, 4), "signed bytes", "llvm.aarch64.neon.sdot.v4i32.v16i8", "", "sdot", 4, 4)
+_PLAIN = Isa("plain vectors of 128 bits", 4, 4, (8, 4))
 
 
 def resolve_target(device: str) -> dict[str, Any]:
@@ -130,7 +163,11 @@ def isa_of(target: Any) -> Isa:
     def has(*names: str) -> bool:
         return all(bool(target_has_features(name, target)) for name in names)
 
-    if "x86" not in _architecture(target):
+    if is_arm(target):
+        if has("i8mm"):
+            return _I8MM
+        return _DOTPROD if has("dotprod") else _PLAIN
+    if not is_x86(target):
         return _PLAIN
     if has("avx512vnni", "avx512bw"):
         return _AVX512_VNNI
@@ -138,15 +175,17 @@ def isa_of(target: Any) -> Isa:
         return _AVX_VNNI
     if has("avx512bw"):
         return _AVX512
-    return _AVX2 if has("avx2", "fma") else _PLAIN
+    if has("avx2", "fma"):
+        return _AVX2
+    return _SSSE3 if has("ssse3", "sse4.1") else _PLAIN
 
 
 def required_features(target: Any) -> list[str]:
     """Features (kernel's names) that a processor must have to run code for `target`."""
     from tvm.target.codegen import target_has_features
 
-    relevant = {k for k in _KERNEL_NAMES if ("dotprod", "i8mm", "sve").count(k) == ("x86" not in _architecture(target))}
-    return [_KERNEL_NAMES[name] for name in _KERNEL_NAMES if name in relevant and target_has_features(name, target)]
+    names = _ARM_KERNEL_NAMES if is_arm(target) else _KERNEL_NAMES if is_x86(target) else {}
+    return [kernel for name, kernel in names.items() if target_has_features(name, target)]
 
 
 def host_name() -> str:
@@ -154,7 +193,18 @@ def host_name() -> str:
     return str(cpu_name())
 
 
-def _architecture(target: Any) -> str:
+def is_arm(target: Any) -> bool:
+    """Whether a TVM target is a 64-bit Arm."""
+    return triple_of(target).startswith(("aarch64", "arm64"))
+
+
+def is_x86(target: Any) -> bool:
+    """Whether a TVM target is an x86-64."""
+    return triple_of(target).startswith(("x86_64", "amd64"))
+
+
+def triple_of(target: Any) -> str:
+    """LLVM's name of the platform that a TVM target is for; this machine's where the target says none."""
     from tvm.target.codegen import llvm_get_system_triple
 
     return str(target.attrs.get("mtriple") or llvm_get_system_triple())

@@ -6,9 +6,10 @@ One family, generated for an instruction set (`Isa`) and one shape: the right op
 is one panel times some rows, and a register tile of `Isa.rows` rows times one panel's width walks over K. Tasks run in
 parallel; nothing is allocated but the unpacked panel of 4-bit weights and one tile.
 
-Kernels compute ``sum_k (a - zero) * b`` in int32, exactly: `a` are bytes without sign (signed codes plus 128, with
-`zero` 128 more), because the byte dot product wants them so, and ``-zero * sum_k b`` is what the accumulators start
-from. What leaves a tile is decided by an `Epilogue`: the accumulators themselves, floats, or the next kernel's bytes.
+Kernels compute ``sum_k (a - zero) * b`` in int32, exactly (`_tvm_multiply`): `a` are bytes without sign (signed codes
+plus 128, with `zero` 128 more), because most byte dot products want them so, and ``-zero * sum_k b`` is what the
+accumulators start from. What leaves a tile is decided by an `Epilogue`: the accumulators themselves, floats, or the
+next kernel's bytes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from ._tvm_builder import ir, loop, prim_func, ramp, splat, when
 from ._tvm_epilogue import Epilogue, Place, place_of, scratch_of, store
 from ._tvm_isa import Isa
+from ._tvm_multiply import NARROW_RUNS, Multiplier
 from ._tvm_panels import Panels
 
 _TASKS = 16  # enough for a few threads to share evenly, few enough that starting one costs nothing
@@ -76,28 +78,8 @@ class Tile:
         self.line = self.panels.width * self.panels.group
         self.step = isa.lanes * self.panels.group
         self.runs = self.panels.shape[1]
-        self.i32 = f"int32x{isa.lanes}"
-
-    def _add(self, acc: Any, a: Any, at: Any, codes: Any) -> Any:
-        """`acc` plus `group` bytes of `a` at `at` times `codes`."""
-        from tvm import tirx
-
-        lanes = self.isa.lanes
-        if self.isa.dot is None:
-            return acc + splat(a[at].astype("int32"), lanes) * codes.astype(self.i32)
-        word = tirx.reinterpret("int32", a[ramp(at, 4)])
-        bytes_ = tirx.reinterpret(f"uint8x{4 * lanes}", splat(word, lanes))
-        return tirx.call_llvm_pure_intrin(self.i32, self.isa.dot, acc, bytes_, codes)
-
-    def _add_zero(self, acc: Any, codes: Any) -> Any:
-        from tvm import tirx
-
-        lanes, zero = self.isa.lanes, self.geometry.zero
-        if self.isa.dot is None:
-            return acc + splat(tirx.const(zero, "int32"), lanes) * codes.astype(self.i32)
-        return tirx.call_llvm_pure_intrin(
-            self.i32, self.isa.dot, acc, splat(tirx.const(zero, "uint8"), 4 * lanes), codes
-        )
+        self.multiplier = Multiplier(isa)
+        self.narrow = bool(isa.narrow) and self.panels.bits == 4
 
     def start(self, codes: Callable[[Any, int], Any], into: Any, base: Any = 0) -> None:
         """What the accumulators of a panel start from: `width` elements of `into`, from `base` on."""
@@ -109,10 +91,11 @@ class Tile:
         places = [(v, ramp(v * lanes, lanes)) for v in range(self.vectors)]
         for _, at in places:
             b.buffer_store(sums, nothing, [at])
-        if self.geometry.zero:
+        zero = self.multiplier.word_of(self.geometry.zero)
+        if not self.multiplier.is_nothing(self.geometry.zero):
             with b.serial(0, self.runs) as k:
                 for v, at in places:
-                    b.buffer_store(sums, self._add_zero(sums[at], codes(k, v)), [at])
+                    b.buffer_store(sums, self.multiplier.add(sums[at], zero, codes(k, v)), [at])
         for v, at in places:
             b.buffer_store(into, nothing - sums[at], [ramp(base + v * lanes, lanes)])
 
@@ -126,12 +109,59 @@ class Tile:
         every = ramp(0, lanes)
         for (_, v), vector in acc.items():
             b.buffer_store(vector, start(v), [every])
-        with b.serial(0, self.runs) as k:
-            for (r, v), vector in acc.items():
-                place = row_starts[r] + k * self.panels.group
-                b.buffer_store(vector, self._add(vector[every], a, place, codes(k, v)), [every])
+        if self.narrow:
+            self._walk_narrow(a, row_starts, codes, acc)
+        else:
+            self._walk(a, row_starts, codes, acc)
         for (r, v), vector in acc.items():
             b.buffer_store(out, vector[every], [ramp(r * width + v * lanes, lanes)])
+
+    def _walk(
+        self, a: Any, row_starts: list[Any], codes: Callable[[Any, int], Any], acc: dict[tuple[int, int], Any]
+    ) -> None:
+        """Add the products of all of K to the accumulators."""
+        b, multiplier, every = ir(), self.multiplier, ramp(0, self.isa.lanes)
+
+        def groups(first: Any, count: int) -> None:
+            words = [multiplier.words(a, start + first * self.panels.group, count) for start in row_starts]
+            for i in range(count):
+                for (r, v), vector in acc.items():
+                    b.buffer_store(vector, multiplier.add(vector[every], words[r][i], codes(first + i, v)), [every])
+
+        ahead = self.isa.ahead
+        if self.runs // ahead:
+            with b.serial(0, self.runs // ahead) as k:
+                groups(k * ahead, ahead)
+        for run in range(self.runs // ahead * ahead, self.runs):
+            groups(run, 1)
+
+    def _walk_narrow(
+        self, a: Any, row_starts: list[Any], codes: Callable[[Any, int], Any], acc: dict[tuple[int, int], Any]
+    ) -> None:
+        """The same for 4-bit codes: accumulated in 16 bits as long as that is exact, then added to the accumulators."""
+        from tvm import tirx
+
+        b, multiplier, every = ir(), self.multiplier, ramp(0, self.isa.lanes)
+        narrow = {at: b.alloc_buffer((2 * self.isa.lanes,), "int16") for at in acc}
+        both = ramp(0, 2 * self.isa.lanes)
+
+        def groups(first: Any, count: int) -> None:
+            for vector in narrow.values():
+                b.buffer_store(vector, splat(tirx.const(0, "int16"), 2 * self.isa.lanes), [both])
+            with b.serial(0, count) as i:
+                run = first + i
+                for (r, v), vector in narrow.items():
+                    (word,) = multiplier.words(a, row_starts[r] + run * self.panels.group, 1)
+                    b.buffer_store(vector, multiplier.add_narrow(vector[both], word, codes(run, v)), [both])
+            for at, vector in acc.items():
+                b.buffer_store(vector, multiplier.widen(vector[every], narrow[at][both]), [every])
+
+        whole, rest = divmod(self.runs, NARROW_RUNS)
+        if whole:
+            with b.serial(0, whole) as chunk:
+                groups(chunk * NARROW_RUNS, NARROW_RUNS)
+        if rest:
+            groups(whole * NARROW_RUNS, rest)
 
     def unpack(self, stored: Any, base: Any) -> Any:
         """One panel of 4-bit codes, two a byte from flat `base` on, as signed bytes: a buffer of ``runs * line``."""
