@@ -203,6 +203,22 @@ def is_x86(target: Any) -> bool:
     return triple_of(target).startswith(("x86_64", "amd64"))
 
 
+def is_foreign(target: Any) -> bool:
+    """Whether a TVM target is of another architecture or system than this process."""
+    from tvm.target.codegen import llvm_get_system_triple
+
+    theirs, ours = _platform(triple_of(target)), _platform(str(llvm_get_system_triple()))
+    return theirs != ours
+
+
+def _platform(triple: str) -> tuple[str, str]:
+    """Architecture and system of a triple."""
+    parts = triple.lower().split("-")
+    architecture = {"arm64": "aarch64", "amd64": "x86_64"}.get(parts[0], parts[0])
+    system = next((name for name in ("linux", "darwin", "macos", "ios", "windows", "android") if name in triple), "")
+    return architecture, {"macos": "darwin"}.get(system, system)
+
+
 def triple_of(target: Any) -> str:
     """LLVM's name of the platform that a TVM target is for; this machine's where the target says none."""
     from tvm.target.codegen import llvm_get_system_triple

@@ -5,7 +5,7 @@ of them together:
 
     bytes          one instruction (vpdpbusd, usdot) multiplies, adds four products and accumulates, in 32 bits
     signed bytes   the same for two signed operands (sdot): `a` becomes ``a ^ 0x80``, which is a - 128 as a signed byte
-    pairs          both operands widened to 16 bits, even and odd bytes apart, and pmaddwd: two products added in 32 bits
+    pairs          both widened to 16 bits, even and odd bytes apart, and pmaddwd: two products added in 32 bits
     one by one     both widened to 32 bits
 
 pmaddubsw multiplies bytes without widening, but adds two products in 16 bits and saturates: 255 * 127 * 2 = 64770 does

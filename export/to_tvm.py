@@ -21,12 +21,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from s2d_deploy.errors import RecipeError, RuntimeUnavailable, S2DDeployError, UnsupportedError, message
+from s2d_deploy.errors import RecipeError, S2DDeployError, UnsupportedError, message
 from s2d_deploy.qgraph import initializers, load_model, metadata
-from s2d_deploy.runtimes._tvm_artifact import CODE, DESCRIPTION, LIBRARY, PARAMETERS, PROGRAM, write_description
+from s2d_deploy.runtimes._tvm_artifact import DESCRIPTION, PARAMETERS, write_description
 from s2d_deploy.session import Artifact, Progress
 
 from ._tvm_isa import NATIVE
+from ._tvm_link import link
 
 DEFAULT_BATCHES = (1,)
 # What `--help` and docs/tvm.md show; the tests run these very lines.
@@ -116,7 +117,9 @@ class TvmTarget:
         folder.mkdir(parents=True, exist_ok=True)
         built = compile_model(load_model(dialect), batches, sizes, device, progress)
         progress("TVM: linking")
-        files = _link(built.executable, folder, built.description["target"])
+        import tvm
+
+        files, note = link(built.executable, folder, tvm.target.Target(built.description["target"]))
         from safetensors.numpy import save_file
 
         save_file(built.parameters, folder / PARAMETERS)
@@ -132,8 +135,8 @@ class TvmTarget:
             "weight_size_bytes": sum(op["weight_size_bytes"] for op in description["ops"].values()) or None,
             "notes": [f"{name}: {op['note']}" for name, op in description["ops"].items() if op["note"]],
         }
-        if "library" not in files:
-            info["notes"].append("no C compiler on PATH to link with: the code is compiled when the artifact is loaded")
+        if note:
+            info["notes"].append(note)
         return Artifact(folder, self.name, precision, files, info)
 
 
@@ -150,43 +153,6 @@ def _options(options: Mapping[str, Any]) -> tuple[list[int], dict[str, int], str
             message("TVM builds for batch sizes and shapes of at least 1", found=", ".join(map(repr, wrong)) or "none")
         )
     return sorted(set(batches)), sizes, str(options.get("device", NATIVE))
-
-
-def _link(executable: Any, folder: Path, target: Mapping[str, Any]) -> dict[str, str]:
-    """Write the compiled functions into `folder`: a shared library, or what serves where no linker is installed.
-
-    Without a linker, the VM's program and the functions' LLVM code are written apart, and TVM compiles the code when it
-    loads: the same code for the same target, a few seconds later.
-
-    Returns:
-        files by role.
-
-    Raises:
-        RuntimeUnavailable: the linker refuses, as it does for another architecture's code.
-    """
-    from tvm.support import cc
-
-    for name in (LIBRARY, PROGRAM, CODE):
-        (folder / name).unlink(missing_ok=True)  # written over, it would change under a session that has it mapped
-    if cc.get_cc() is None:
-        executable.mod.write_to_file(str(folder / PROGRAM), "bin")
-        (code,) = executable.mod.imports
-        code.write_to_file(str(folder / CODE), "ll")
-        return {"program": PROGRAM, "code": CODE}
-    try:
-        # Without symbol tables: they weigh more than the code.
-        executable.export_library(str(folder / LIBRARY), options=["-s"])
-    except RuntimeError as error:
-        lines = str(error).strip().splitlines()
-        reason = next((line for line in lines if "error" in line or "cannot" in line), lines[-1])
-        raise RuntimeUnavailable(
-            message(
-                f"the linker refused TVM's object file for {dict(target)}",
-                found=reason.strip(),
-                fix="set CXX to a compiler for that target",
-            )
-        ) from error
-    return {"library": LIBRARY}
 
 
 TARGET = TvmTarget()
@@ -210,7 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "examples:\n"
             "  python -m s2d_deploy.export.to_tvm quantized/model.onnx out/tvm --batch 1 --batch 64\n"
             "  python -m s2d_deploy.export.to_tvm bert/model.onnx out/tvm --shape sequence=128\n"
-            "  python -m s2d_deploy.export.to_tvm model.onnx out/tvm --device 'llvm -mcpu=x86-64-v3'"
+            "  python -m s2d_deploy.export.to_tvm model.onnx out/tvm --device 'llvm -mcpu=x86-64-v3'\n"
+            "  python -m s2d_deploy.export.to_tvm model.onnx out/tvm \\\n"
+            "    --device 'llvm -mtriple=aarch64-linux-gnu -mattr=+neon,+dotprod'"
         ),
     )
     parser.add_argument(

@@ -42,4 +42,8 @@ def byte_dot_product() -> str | None:
     features = cpu_features() or frozenset()
     if {"avx512_vnni", "avx512bw", "avx512vl"} <= features:
         return "AVX512-VNNI"
-    return "AVX-VNNI" if {"avx_vnni", "avx2"} <= features else None
+    if {"avx_vnni", "avx2"} <= features:
+        return "AVX-VNNI"
+    if "asimddp" in features:
+        return "Arm i8mm" if "i8mm" in features else "Arm dotprod"
+    return None
