@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +20,8 @@ from s2d_deploy.errors import ArtifactError, DataError, message
 from s2d_deploy.observers import HALF_BINS, Histogram
 from s2d_deploy.plan import Op
 from s2d_deploy.session import Progress
+
+Padding = Literal["count", "leave_out"]
 
 
 @dataclass(slots=True)
@@ -76,11 +79,25 @@ class Calibration:
         return result
 
 
+def real_tokens(x: Tensor, mask: Tensor, axis: int) -> Tensor:
+    """`x` without what the attention mask hides; `x` itself where the two do not fit.
+
+    Args:
+        x: ``(B, T, K)`` or ``(B, heads, ..)``, tokens along `axis`.
+        mask: ``(B, T)``, not 0 for real tokens.
+        axis: of the tokens.
+    """
+    if mask.dim() != 2 or x.dim() <= axis or (x.shape[0], x.shape[axis]) != mask.shape:
+        return x
+    return x.movedim(axis, 1)[mask.bool()]
+
+
 def calibrate(
     model: nn.Module,
     ops: Mapping[str, Op],
     batches: Iterable[Mapping[str, Tensor]],
     progress: Progress | None = None,
+    padding: Padding = "count",
 ) -> Calibration:
     """Observe every activation site of `ops` while `model` runs over `batches` in evaluation mode.
 
@@ -89,6 +106,8 @@ def calibrate(
         ops: from `discovery.discover`.
         batches: dictionaries of tensors, first dimension the batch.
         progress: called with a sentence after each batch.
+        padding: whether tokens that a batch's ``attention_mask`` hides count. They run through the model like all
+            others, and nothing of their values reaches a real token.
 
     Raises:
         DataError: no batches, or NaN in an activation (the site is named).
@@ -97,14 +116,17 @@ def calibrate(
     result = Calibration()
     names = {module: name for name, module in model.named_modules()}
 
-    def observe(site: str, x: Tensor) -> None:
-        result.histograms.setdefault(site, Histogram()).update(x, site)
+    mask: list[Tensor] = []
+
+    def observe(site: str, x: Tensor, axis: int) -> None:
+        seen = real_tokens(x, mask[-1], axis) if mask else x
+        result.histograms.setdefault(site, Histogram()).update(seen, site)
 
     def on_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        observe(f"{names[module]}.input", args[0])
+        observe(f"{names[module]}.input", args[0], 1)
 
     def on_operand(module: nn.Module, operand: str, x: Tensor) -> None:
-        observe(f"{names[module]}.{operand}", x)
+        observe(f"{names[module]}.{operand}", x, 3 if operand == "key" else 2)
 
     handles = [
         module.register_forward_pre_hook(on_input)
@@ -116,6 +138,7 @@ def calibrate(
     try:
         with torch.no_grad(), watching(on_operand):
             for batch in batches:
+                mask[:] = [batch["attention_mask"]] if padding == "leave_out" and "attention_mask" in batch else []
                 model(**batch)
                 result.samples += next(iter(batch.values())).shape[0]
                 if progress is not None:

@@ -365,7 +365,8 @@ class Pipeline:
     def _qat_plan(self, model: nn.Module) -> Plan:
         """The plan of condition.qat for the float model as it is now."""
         ops = discover(model, next(iter(self.data.calibration.batches(1))), self.original.output)
-        statistics = calibrate(model, ops, self.data.calibration.batches(self.recipe.data.batch_size))
+        batches = self.data.calibration.batches(self.recipe.data.batch_size)
+        statistics = calibrate(model, ops, batches, padding=self.recipe.quantize.padding)
         return build_plan(model, ops, statistics, str(self.recipe.condition.qat), self._quantize_config())
 
     def _quantize_config(self) -> QuantizeConfig:
@@ -374,6 +375,7 @@ class Pipeline:
             weights=section.weights,
             activations=section.activations,
             percentile=section.percentile,
+            padding=section.padding,
             activation_granularity=section.activation_granularity,
             activation_symmetric=section.activation_symmetric,
             weight_granularity=section.weight_granularity,
@@ -503,15 +505,17 @@ class Pipeline:
 
         def statistics(module: nn.Module, ops: Mapping[str, Op]) -> Calibration:
             digest = weights_sha256(module)
-            if digest == untouched:
+            padding = self.recipe.quantize.padding
+            if digest == untouched and padding == "count":
                 return Calibration.load(stage)
 
             def work(folder: Path) -> dict[str, Any]:
-                calibrate(module, ops, batches(), step).save(folder / "calibration.safetensors")
+                calibrate(module, ops, batches(), step, padding).save(folder / "calibration.safetensors")
                 return {"samples": self.data.calibration.size}
 
-            key = {"weights": digest, "ops": sorted(ops), "data": self.data.fingerprint}
-            kept = self.store.run(f"activations/{digest[:16]}", self._full_key(key), work)
+            key = {"weights": digest, "ops": sorted(ops), "data": self.data.fingerprint, "padding": padding}
+            name = f"activations/{digest[:16]}" + ("-real" if padding == "leave_out" else "")
+            kept = self.store.run(name, self._full_key(key), work)
             return Calibration.load(kept.folder / "calibration.safetensors")
 
         section, learned = self.recipe.condition, None

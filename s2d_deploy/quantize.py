@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from s2d_deploy.calibrate import Calibration
+from s2d_deploy.calibrate import Calibration, Padding
 from s2d_deploy.equalized_linear import layer_name
 from s2d_deploy.errors import DataError, ModelError, PlanError, RecipeError, message
 from s2d_deploy.grid import (
@@ -52,6 +52,7 @@ class QuantizeConfig:
     Attributes:
         weights, activations: range method of each.
         percentile: for the "percentile" method, in percent.
+        padding: whether padding tokens count in activation ranges.
         activation_granularity: one stored scale ("tensor"), or one for each token at run time ("token").
         activation_symmetric: False gives activations a zero point (no TensorRT).
         weight_granularity: "auto" is one scale for each output channel, and for each block of weight-only Linears;
@@ -67,6 +68,7 @@ class QuantizeConfig:
     weights: WeightMethod = "mse"
     activations: Method = "mse"
     percentile: float = 99.99
+    padding: Padding = "count"
     activation_granularity: Literal["tensor", "token"] = "tensor"
     activation_symmetric: bool = True
     weight_granularity: Literal["auto", "channel", "block"] = "auto"

@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from s2d_deploy.errors import RecipeError, message
 from s2d_deploy.one_shot_variants import check_variants
@@ -214,6 +224,9 @@ class QuantizeSection(_Section):
         "mse", description="entropy: least KL divergence (Migacz 2017), for symmetric activations"
     )
     percentile: float = Field(99.99, gt=50, le=100)
+    padding: Literal["count", "leave_out"] = Field(
+        "count", description="whether tokens that attention_mask hides count in activation ranges"
+    )
     activation_granularity: Literal["tensor", "token"] = "tensor"
     activation_symmetric: bool = True
     weight_granularity: Literal["auto", "channel", "block"] = Field(
@@ -271,6 +284,12 @@ class TargetSection(_Section):
     name: str
     required: bool = Field(False, description="a runtime or device that is missing here fails the run (exit code 3)")
     options: dict[str, Any] = Field(default_factory=dict, description="see `s2d-deploy build --help`")
+    device: str | None = Field(None, description="where tvm runs, if not here: rpc://host:port/key (docs/tvm.md)")
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A run folder made before there was a device holds the same recipe."""
+        return {k: v for k, v in handler(self).items() if k != "device" or v is not None}
 
     @field_validator("name")
     @classmethod

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import planted
 import pytest
 import torch
 from torch import Tensor, nn
 
-from s2d_deploy.calibrate import Calibration, calibrate
+from s2d_deploy.calibrate import Calibration, calibrate, real_tokens
 from s2d_deploy.discovery import discover
 from s2d_deploy.errors import ArtifactError, DataError
 from s2d_deploy.models import load_model
@@ -140,3 +141,35 @@ def test_truncated_foreign_and_missing_statistics_are_named(vit: nn.Module, tmp_
     for path in (truncated, foreign, short, tmp_path / "missing.safetensors"):
         with pytest.raises(ArtifactError, match=rf"{path.name}: not calibration statistics.*Fix: calibrate again"):
             Calibration.load(path)
+
+
+def test_padding_may_be_left_out() -> None:
+    """Every site of a BERT: what real tokens have, taken sample by sample from a run without any padding."""
+    model, batches = planted.bert(), planted.texts()
+    ops = discover(model, {n: t[:1] for n, t in batches[0].items()}, "last_hidden_state")
+    found = calibrate(model, ops, batches, padding="leave_out")
+    samples = []
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            length = int(mask.sum())
+            samples.append({"input_ids": ids[None, :length], "attention_mask": mask[None, :length]})
+    expected = calibrate(model, ops, samples)
+    hidden = sum(int((batch["attention_mask"] == 0).sum()) for batch in batches)
+    assert hidden > 0
+    counted = calibrate(model, ops, batches)
+    for site, histogram in expected.histograms.items():
+        seen = found.histograms[site]
+        assert seen.low == pytest.approx(histogram.low, rel=1e-4, abs=1e-5), site
+        assert seen.high == pytest.approx(histogram.high, rel=1e-4, abs=1e-5), site
+        if not site.endswith(".probs"):  # their rows keep the columns of hidden keys, which are 0
+            assert seen.total == histogram.total < counted.histograms[site].total, site
+
+
+def test_a_mask_that_does_not_fit_hides_nothing() -> None:
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    assert real_tokens(x, torch.ones(2, 5), 1) is x
+    assert real_tokens(x[0], torch.ones(2, 3), 2).shape == (3, 4)
+    mask = torch.tensor([[1, 0, 1], [0, 0, 1]])
+    assert torch.equal(real_tokens(x, mask, 1), torch.stack([x[0, 0], x[0, 2], x[1, 2]]))
+    heads = x.reshape(2, 2, 2, 3)  # keys: tokens along the last axis
+    assert torch.equal(real_tokens(heads, mask, 3), heads.permute(0, 3, 1, 2)[mask.bool()])

@@ -86,7 +86,7 @@ class Context:
         """Histograms of `model`'s activation sites over the calibration batches."""
         if self.statistics is not None:
             return self.statistics(model, ops)
-        return calibrate(model, ops, self.batches(), self.progress)
+        return calibrate(model, ops, self.batches(), self.progress, self.config.padding)
 
 
 class Apply(Protocol):
