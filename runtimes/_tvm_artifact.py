@@ -84,17 +84,33 @@ def read_description(artifact: Artifact) -> dict[str, Any]:
     return document
 
 
-def read_parameters(artifact: Artifact) -> dict[str, Array]:
+def read_parameters(artifact: Artifact, about: dict[str, Any]) -> dict[str, Array]:
     """Parameters by name.
 
+    Args:
+        artifact: whole, as `read_description` has found.
+        about: its description.
+
     Raises:
-        ArtifactError: not a safetensors file.
+        ArtifactError: not a safetensors file, or without a tensor that an entry takes.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     path = artifact.path("parameters")
     try:
-        return load_file(path)
+        stored = load_file(path)
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(message(f"{path}: not a safetensors file", found=str(error), fix=_AGAIN)) from error
+    wanted = {name for entry in about["functions"].values() for name in entry["parameters"]}
+    missing = sorted(wanted - stored.keys())
+    if missing:
+        raise ArtifactError(
+            message(
+                f"{path}: parameters are missing",
+                expected=f"{len(wanted)} tensors",
+                found=f"no {', '.join(missing[:3])}",
+                fix=_AGAIN,
+            )
+        )
+    return stored

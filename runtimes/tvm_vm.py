@@ -13,23 +13,22 @@
 from __future__ import annotations
 
 import os
-import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
 
-from s2d_deploy.errors import ArtifactError, DataError, DeviceUnavailable, RuntimeUnavailable, UnsupportedError, message
+from s2d_deploy.errors import ArtifactError, DataError, UnsupportedError, message
 from s2d_deploy.feeds import Input, check_feeds
-from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung, lowest_rung
+from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung, Runtime, lowest_rung
 
-from ._cpu_features import byte_dot_product, cpu_name, missing_features
-from ._tvm_artifact import LIBRARY, read_description, read_parameters
+from ._cpu_features import byte_dot_product, cpu_name
+from ._tvm_artifact import read_description
+from ._tvm_machine import LocalMachine, Machine, TimingMachine
 
 _RUNGS: dict[str, Rung] = {
     "fp32": "float",
@@ -38,34 +37,15 @@ _RUNGS: dict[str, Rung] = {
     "w4a8": "emulated",
     "w4a4": "emulated",
 }
-_POOL = threading.Lock()
 
 
 class TvmSession:
     """A loaded artifact; see `s2d_deploy.session.Session`. One thread at a time may call it."""
 
-    def __init__(self, artifact: Artifact, threads: int) -> None:
+    def __init__(self, artifact: Artifact, load: Callable[[Artifact, dict[str, Any]], Machine]) -> None:
         self._about = read_description(artifact)
-        _require_features(artifact, self._about)
-        stored = read_parameters(artifact)
-        _require_parameters(artifact, self._about, stored)
-        tvm = _import_tvm()
-        self.threads = _set_threads(tvm, threads)
-        self._tensor: Callable[[Array], Any] = tvm.runtime.tensor
-        try:
-            self._vm: Any = tvm.runtime.vm.VirtualMachine(_load(tvm, artifact), tvm.cpu())
-        except Exception as error:
-            raise ArtifactError(
-                message(
-                    f"{artifact.folder}: TVM cannot load it",
-                    expected=f"an artifact built with TVM {self._about['tvm']}",
-                    found=f"{str(error).strip().splitlines()[-1]} (TVM {tvm.__version__})",
-                    fix="build it again with `s2d-deploy build`",
-                )
-            ) from error
-        self._wanted_threads = threads
-        self._stored = {name: self._tensor(_contiguous(array)) for name, array in stored.items()}
-        self._arguments: dict[str, tuple[Any, ...]] = {}
+        self._machine: Machine | None = load(artifact, self._about)
+        self.threads = self._machine.threads
         self._batches: list[int] = self._about["batches"]
 
     def __enter__(self) -> TvmSession:
@@ -119,9 +99,8 @@ class TvmSession:
             for array, shape in zip(arrays, shapes, strict=False):
                 per_sample = array.shape[0] // samples
                 part = _padded(array[first * per_sample : (first + count) * per_sample], shape[0])
-                given.append(self._tensor(_contiguous(part)))
-            stored = [self._stored[name] for name in entry["parameters"]]
-            result = self._call(entry["function"], given, tuple(stored))[0].numpy()
+                given.append(_contiguous(part))
+            result = self._open().call(entry["function"], given, entry["parameters"])[0]
             pieces.append(result[: count * (result.shape[0] // batch)])
         return np.concatenate(pieces)
 
@@ -152,21 +131,33 @@ class TvmSession:
 
     def close(self) -> None:
         """Free the executable and its parameters. A closed session refuses to run."""
-        self._vm = None
-        self._stored, self._arguments = {}, {}
+        if self._machine is not None:
+            self._machine.close()
+        self._machine = None
 
     def precision(self) -> str:
         """What the model says that it was exported for."""
         return str(self._about["precision"])
 
-    def _open(self) -> Any:
-        if self._vm is None:
-            raise ArtifactError(message("this session is closed", fix="open the artifact again"))
-        return self._vm
+    def on_device_ns(self, feeds: Feeds) -> Callable[[], int] | None:
+        """For an artifact on another machine: a call that runs `feeds` there once and returns the nanoseconds it took.
 
-    def _call(self, entry: str, inputs: Sequence[Any], parameters: tuple[Any, ...]) -> Any:
-        _set_threads(_import_tvm(), self._wanted_threads)  # the pool is the process's: another session may have set it
-        return self._open()[entry](*inputs, parameters)
+        The inputs are sent now and the outputs stay there, so that no transfer is counted. None for this machine.
+        """
+        machine = self._open()
+        if not isinstance(machine, TimingMachine):
+            return None
+        arrays = self._checked(feeds)
+        timers = [
+            machine.timer(entry, inputs, self._about["functions"][entry]["parameters"])
+            for entry, inputs, _, _ in self._calls(arrays, self._samples(arrays), "run")
+        ]
+        return lambda: sum(timer() for timer in timers)
+
+    def _open(self) -> Machine:
+        if self._machine is None:
+            raise ArtifactError(message("this session is closed", fix="open the artifact again"))
+        return self._machine
 
     def _checked(self, feeds: Feeds) -> dict[str, Array]:
         self._open()
@@ -186,19 +177,20 @@ class TvmSession:
             raise DataError(message("inputs must have the same number of samples, at least one", found=found))
         return next(iter(sizes.values()), self._batches[0])
 
-    def _in_pieces(self, arrays: dict[str, Array], samples: int, kind: str) -> list[Array]:
+    def _calls(self, arrays: dict[str, Array], samples: int, kind: str) -> Iterator[tuple[str, list[Array], int, int]]:
+        """``(entry, inputs, samples that count, batch size of the entry)`` of every call that `arrays` need."""
         batched = {i["name"] for i in self._about["inputs"] if i["shape"] and i["shape"][0] == -1}
-        results: list[list[Array]] = []
         for first, count, batch in _pieces(samples, self._batches):
             inputs = []
             for name, array in arrays.items():
                 part = _padded(array[first : first + count], batch) if name in batched else array
-                inputs.append(self._tensor(_contiguous(part)))
-            entry = f"{kind}_{batch}"
-            if entry not in self._arguments:
-                names = self._about["functions"][entry]["parameters"]
-                self._arguments[entry] = tuple(self._stored[n] for n in names)
-            outputs = [o.numpy() for o in self._call(entry, inputs, self._arguments[entry])]
+                inputs.append(_contiguous(part))
+            yield f"{kind}_{batch}", inputs, count, batch
+
+    def _in_pieces(self, arrays: dict[str, Array], samples: int, kind: str) -> list[Array]:
+        results: list[list[Array]] = []
+        for entry, inputs, count, batch in self._calls(arrays, samples, kind):
+            outputs = self._open().call(entry, inputs, self._about["functions"][entry]["parameters"])
             results.append([self._cut(o, count, batch) for o in outputs])
         if len(results) == 1:
             return results[0]
@@ -277,83 +269,22 @@ class TvmRuntime:
         """
         if threads < 1:
             raise DataError(message("the number of threads", expected="1 or more", found=str(threads)))
-        return TvmSession(artifact, threads)
+        return TvmSession(artifact, partial(LocalMachine, threads=threads))
+
+    def at(self, address: str) -> Runtime:
+        """This runtime on another machine: ``rpc://host:port/key`` (a tracker), ``rpc://host:port`` (a server).
+
+        Raises:
+            RecipeError: not such an address.
+            RuntimeUnavailable: TVM is not installed here.
+            DeviceUnavailable: nothing listens there, or no device of that key is free; see `_tvm_rpc.connect`.
+        """
+        from ._tvm_rpc import remote_runtime
+
+        return remote_runtime(address)
 
 
 RUNTIME = TvmRuntime()
-
-
-def _import_tvm() -> Any:
-    try:
-        import tvm
-        import tvm.runtime.vm  # not tvm.relax: TVM without its compiler has no such package
-    except ImportError as error:
-        raise RuntimeUnavailable(
-            message("TVM is not installed", found=str(error), fix="pip install 's2d-deploy[tvm]'")
-        ) from error
-    return tvm
-
-
-def _load(tvm: Any, artifact: Artifact) -> Any:
-    """The VM executable: a linked library, or its two parts (see `_tvm_artifact`)."""
-    from tvm_ffi import load_module
-
-    if "library" in artifact.files:
-        # The dynamic loader remembers libraries by path: one that was built again at the same place would come back
-        # as it was. A link of its own name makes it look at the file (tvm.runtime.load_module would resolve the link).
-        with tempfile.TemporaryDirectory() as folder:
-            link = Path(folder) / LIBRARY
-            link.symlink_to(artifact.path("library").resolve())
-            return load_module(str(link))
-    program = tvm.get_global_func("ffi.Module.load_from_file.relax.VMExecutable")(str(artifact.path("program")))
-    program.import_module(tvm.runtime.load_module(str(artifact.path("code"))))
-    return program
-
-
-def _set_threads(tvm: Any, threads: int) -> int:
-    """Let TVM's thread pool, of which a process has one, use `threads` threads. Returns how many it then uses.
-
-    The pool's size is fixed when it starts, by a variable; so it starts with all processors, and later settings choose
-    how many of them work.
-    """
-    with _POOL:
-        if _STATE.get("threads") != threads:
-            most = max(threads, os.cpu_count() or 1)
-            os.environ.setdefault("TVM_NUM_THREADS", str(most))
-            tvm.get_global_func("runtime.config_threadpool")(1, threads)
-            _STATE["threads"] = threads
-            _STATE["used"] = int(tvm.get_global_func("runtime.NumThreads")())
-        return _STATE["used"]
-
-
-_STATE: dict[str, int] = {}
-
-
-def _require_features(artifact: Artifact, about: dict[str, Any]) -> None:
-    missing = missing_features(about["features"])
-    if missing:
-        raise DeviceUnavailable(
-            message(
-                f"{artifact.folder}: built for features that this processor lacks",
-                expected=f"{about['isa']}, with {', '.join(missing)}",
-                found=cpu_name(),
-                fix="build it on this machine, or with the option device: 'llvm -mcpu=x86-64-v3'",
-            )
-        )
-
-
-def _require_parameters(artifact: Artifact, about: dict[str, Any], stored: dict[str, Array]) -> None:
-    wanted = {name for entry in about["functions"].values() for name in entry["parameters"]}
-    missing = sorted(wanted - stored.keys())
-    if missing:
-        raise ArtifactError(
-            message(
-                f"{artifact.path('parameters')}: parameters are missing",
-                expected=f"{len(wanted)} tensors",
-                found=f"no {', '.join(missing[:3])}",
-                fix="build it again with `s2d-deploy build`",
-            )
-        )
 
 
 def _executed_rung(op: dict[str, Any], dot: bool) -> Rung:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from s2d_deploy import __version__
-from s2d_deploy.cli_options import debug_option, model_options, recipe_options
+from s2d_deploy.cli_options import debug_option, device_option, model_options, recipe_options
 from s2d_deploy.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR, S2DDeployError, exit_code_of
 from s2d_deploy.interrupts import remember_interrupts
 
@@ -81,6 +81,7 @@ def _opened(
     threads: int | None,
     update: bool,
     quiet: bool,
+    devices: tuple[str, ...] = (),
 ) -> Iterator[Pipeline]:
     """The recipe with its flags applied, in its locked run folder."""
     from s2d_deploy.recipe import load_recipe
@@ -92,6 +93,8 @@ def _opened(
         resolved = load_recipe(recipe, [*own, f"quantize.precisions=[{', '.join(precisions)}]"])
     if targets:
         resolved = _only_targets(resolved, targets)
+    if devices:
+        resolved = _on_devices(resolved, devices)
     from s2d_deploy.console import Display
     from s2d_deploy.host import versions
     from s2d_deploy.store import RunFolder
@@ -114,6 +117,24 @@ def _only_targets(recipe: Any, names: tuple[str, ...]) -> Any:
     listed = {t["name"]: t for t in document["targets"]}
     document["targets"] = [listed.get(n, {"name": n}) for n in dict.fromkeys(names)]
     return parse_recipe(document, "--target")
+
+
+def _on_devices(recipe: Any, devices: tuple[str, ...]) -> Any:
+    """An address says where tvm runs; anything else is its build option."""
+    from s2d_deploy.errors import RecipeError, message
+    from s2d_deploy.recipe import parse_recipe
+
+    document = recipe.document()
+    found = [t for t in document["targets"] if t["name"] == "tvm"]
+    if not found:
+        names = ", ".join(t["name"] for t in document["targets"])
+        raise RecipeError(message("--device is for the target tvm", found=names, fix="add --target tvm"))
+    for device in devices:
+        if device.startswith("rpc:"):
+            found[0]["device"] = device
+        else:
+            found[0]["options"] = {**found[0]["options"], "device": device}
+    return parse_recipe(document, "--device")
 
 
 def _print(document: Any, as_json: bool, text: Callable[[], None]) -> None:
@@ -297,12 +318,17 @@ def export(as_json: bool, **options: Any) -> None:
 
 @cli.command(short_help="Build what each runtime loads.")
 @recipe_options
+@device_option
 def build(as_json: bool, **options: Any) -> None:
     """Build each target's artifact: ONNX Runtime model, TVM library, TensorRT engine.
 
     Writes <output>/export/<target>/<precision>. Options of a target stand in the recipe under targets.options, e.g.
-    compute_capabilities: ["8.6", "8.9"] for tensorrt, which are built with no GPU. A target that cannot be built says
-    why on stderr; it is an error where the target is required, or where nothing is left.
+    compute_capabilities: ["8.6", "8.9"] for tensorrt, which are built with no GPU; tvm's device may be given by
+    --device. A target that cannot be built says why on stderr; it is an error where the target is required, or where
+    nothing is left.
+
+    \b
+    Example, another processor: s2d-deploy build my.yaml --target tvm --device 'llvm -mcpu=x86-64-v3'
     """
     _deploy(as_json, options, build=True)
 
@@ -341,6 +367,7 @@ def _say_stages(stages: list[Any]) -> None:
 
 @cli.command(short_help="Run each artifact: accuracy, exact parity, audit.")
 @recipe_options
+@device_option
 def verify(as_json: bool, **options: Any) -> None:
     """Run each artifact: accuracy, teacher-forced accumulators, codes end to end, and what it really executes.
 
@@ -353,6 +380,7 @@ def verify(as_json: bool, **options: Any) -> None:
 
 @cli.command(short_help="Measure latency beside the float baseline.")
 @recipe_options
+@device_option
 @click.option(
     "--per-op",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -366,7 +394,8 @@ def bench(as_json: bool, per_op: Path | None, **options: Any) -> None:
     stable. Exit code 3 where nothing can be run here.
 
     \b
-    Example, ops alone: s2d-deploy bench my.yaml --target ort --per-op costs.json --precision w8a8 --precision w4a8
+    Another machine, through TVM's RPC tracker: s2d-deploy bench my.yaml --target tvm --device rpc://host:9190/key
+    Ops alone: s2d-deploy bench my.yaml --target ort --per-op costs.json --precision w8a8 --precision w4a8
     """
     if per_op is not None:
         _measure_ops(as_json, per_op, options)

@@ -54,6 +54,15 @@ def recipe_options(command: F) -> F:
     )
 
 
+device_option = click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="DEVICE",
+    help="For tvm: what to build for, 'llvm -mcpu=...', and where to run, rpc://host:port/key; repeatable.",
+)
+
+
 def model_options(*, samples: int) -> Callable[[F], F]:
     """A model and its data in the place of a recipe; `samples` is the default for calibration."""
 

@@ -8,26 +8,27 @@ a row, too, and is kept in `Deployment.errors`, so that the other precisions and
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from s2d_deploy.console import Step
-from s2d_deploy.errors import S2DDeployError, StageError, UnavailableError, UnsupportedError
+from s2d_deploy.errors import RecipeError, S2DDeployError, StageError, UnavailableError, UnsupportedError, message
 from s2d_deploy.evaluate import outputs
 from s2d_deploy.host import cpu_model
-from s2d_deploy.latency import measure, ratio
+from s2d_deploy.latency import DeviceClock, LatencyStats, measure, ratio
 from s2d_deploy.parity import output_parity, top1_flips
 from s2d_deploy.pipeline import Pipeline
 from s2d_deploy.plan import Plan
 from s2d_deploy.precision import BASELINE
-from s2d_deploy.recipe import TargetSection
+from s2d_deploy.recipe import BenchSection, TargetSection
 from s2d_deploy.registry import load_runtime, load_target
-from s2d_deploy.session import Artifact
+from s2d_deploy.session import Artifact, Feeds, RemoteRuntime, RemoteSession, Runtime, Session
 from s2d_deploy.store import Stage
 from s2d_deploy.verify import end_to_end_codes, teacher_forced
 
@@ -51,7 +52,18 @@ class Deployment:
     def __init__(self, pipeline: Pipeline, section: TargetSection) -> None:
         self.pipeline, self.section = pipeline, section
         self.errors: list[Exception] = []
-        self.target, self.runtime = load_target(section.name), load_runtime(section.name)
+        self.target = load_target(section.name)
+        # Stages of what ran elsewhere stand beside those of what ran here.
+        self.place = section.name + (re.sub(r"[^A-Za-z0-9.]+", "-", f"@{section.device}") if section.device else "")
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """What runs the artifacts; on another machine it is connected when it is first asked for."""
+        return runtime_of(self.section)
+
+    def _version(self) -> str:
+        """The runtime's version, which no device need be connected for."""
+        return (self.runtime if self.section.device is None else load_runtime(self.section.name)).version()
 
     def export(self, precision: str, *, build: bool = True) -> Stage:
         """Dialect and artifact of one precision.
@@ -77,7 +89,7 @@ class Deployment:
         key = {
             "onnx": common.sha256,
             "options": options,
-            "runtime": self.runtime.version(),
+            "runtime": self._version(),
             "cpu": cpu_model(),
         }
         return self.pipeline._stage(f"{stage}/{self.section.name}/{precision}", key, work)
@@ -142,7 +154,7 @@ class Deployment:
             "runtime": self.runtime.version(),
             "device": self.runtime.device(),
         }
-        return pipeline._stage(f"verify/{self.section.name}/{precision}", key, work)
+        return pipeline._stage(f"verify/{self.place}/{precision}", key, work)
 
     def bench(self, precisions: list[str]) -> Stage:
         """Latency of all `precisions`, interleaved in one process, the float baseline among them."""
@@ -156,17 +168,11 @@ class Deployment:
                 sessions = {
                     p: stack.enter_context(self.runtime.open(a, threads=section.threads)) for p, a in artifacts.items()
                 }
-                stats = measure(
-                    {p: partial(s.run, feeds) for p, s in sessions.items()},
-                    warmup=section.warmup,
-                    min_samples=section.min_samples,
-                    min_seconds=section.min_seconds,
-                    max_seconds=section.max_seconds,
-                    progress=step,
-                )
+                stats, facts = _timed(sessions, feeds, section, step)
             result: dict[str, Any] = {"latency": {}, "speedup": {}}
             for p, s in stats.items():
-                result["latency"][p] = s.to_dict(threads=section.threads, batch=len(next(iter(feeds.values()))))
+                batch_size = len(next(iter(feeds.values())))
+                result["latency"][p] = s.to_dict(threads=section.threads, batch=batch_size, **facts[p])
                 if p != BASELINE and BASELINE in stats:
                     r = ratio(stats[BASELINE], s)
                     result["speedup"][p] = {"median": r.median, "ci": [r.lo, r.hi]}
@@ -181,7 +187,7 @@ class Deployment:
             "cpu": cpu_model(),
         }
         # Named by what is in it: a narrowed run must not replace the measurement of the whole.
-        return pipeline._stage(f"bench/{self.section.name}-{'-'.join(precisions)}", key, work)
+        return pipeline._stage(f"bench/{self.place}-{'-'.join(precisions)}", key, work)
 
     # ---- the report's rows ----------------------------------------------------------------------------------
 
@@ -191,6 +197,11 @@ class Deployment:
         Raises:
             StageError: the machine refuses (disk full, ...): nothing after it could be written either.
         """
+        try:
+            self.runtime.device()  # before anything is built for it
+        except UnavailableError as error:  # asked for by address, so an error whether or not it is required
+            self._broke(error)
+            return [self._empty_row(p) | {"reason": str(error)} for p in self.pipeline.precisions]
         # The stages that all targets share, first: what breaks there is no target's fault, and is raised.
         for precision in self.pipeline.precisions:
             self.pipeline.onnx(precision)
@@ -236,10 +247,11 @@ class Deployment:
         log.info("%s %s broke", self.section.name, precision, exc_info=error)
 
     def _empty_row(self, precision: str) -> Row:
+        reached = self.section.device is None or "runtime" in vars(self)
         return {
             "target": self.section.name,
-            "runtime": _label(self.section.name, self.runtime.version()),
-            "device": self.runtime.device(),
+            "runtime": _label(self.section.name, self._version()),
+            "device": self.runtime.device() if reached else self.section.device,
             "precision": precision,
             "status": "unavailable",
             "reason": None,
@@ -294,6 +306,47 @@ class Deployment:
         log.info("%s: %s", self.section.name, error)
         if self.section.required:
             self.errors.append(error)
+
+
+def runtime_of(section: TargetSection) -> Runtime:
+    """The runtime of a target, here or on the section's device.
+
+    Raises:
+        RecipeError: no such address, or the runtime runs here only.
+        UnavailableError: the device cannot be reached.
+    """
+    runtime = load_runtime(section.name)
+    if section.device is None:
+        return runtime
+    if not isinstance(runtime, RemoteRuntime):
+        raise RecipeError(
+            message(
+                f"target {section.name!r} runs on this machine only",
+                found=f"device {section.device!r}",
+                fix="leave the device out, or use the target tvm",
+            )
+        )
+    return runtime.at(section.device)
+
+
+def _timed(
+    sessions: Mapping[str, Session], feeds: Feeds, section: BenchSection, step: Step
+) -> tuple[dict[str, LatencyStats], dict[str, dict[str, float]]]:
+    """Latency by precision and further facts: what another machine's way there and back adds to its own time."""
+    calls = {p: partial(s.run, feeds) for p, s in sessions.items()}
+    clock = DeviceClock()
+    timed = {}
+    for p, s in sessions.items():
+        timer = s.on_device_ns(feeds) if isinstance(s, RemoteSession) else None
+        if timer is not None:
+            timed[p] = clock.candidate(timer)
+    limits = partial(measure, warmup=section.warmup, min_samples=section.min_samples, max_seconds=section.max_seconds)
+    if not timed:
+        return limits(calls, min_seconds=section.min_seconds, progress=step), {p: {} for p in sessions}
+    # The device's clock stands between its runs: seconds of it do not say how long the measurement takes.
+    stats = limits(timed, min_seconds=0, clock=clock, progress=step)
+    whole = measure(calls, warmup=1, min_samples=5, min_seconds=0, max_seconds=60)
+    return stats, {p: {"round_trip_ms": s.p50_ms} for p, s in whole.items()}
 
 
 def _words(error: Exception) -> str:

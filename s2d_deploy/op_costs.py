@@ -66,6 +66,8 @@ def measure_op_costs(pipeline: Pipeline, section: TargetSection, precisions: Seq
     wanted = list(dict.fromkeys(parse_precision(p).name for p in precisions))
     if wanted in ([], [BASELINE]):
         raise RecipeError(message("no precision to measure ops at", fix="name some: --precision w8a8 --precision w4a4"))
+    if section.device is not None:
+        raise UnsupportedError(message("ops alone are measured on this machine only", fix="leave the device out"))
     if section.name == "reference":
         raise UnsupportedError(
             message(

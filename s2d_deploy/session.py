@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -184,6 +184,24 @@ class Runtime(Protocol):
             ArtifactError: truncated or foreign.
             RuntimeUnavailable, DeviceUnavailable: it cannot run here.
         """
+        ...
+
+
+@runtime_checkable
+class RemoteRuntime(Protocol):
+    """What a runtime has, too, whose artifacts run on other machines."""
+
+    def at(self, address: str) -> Runtime:
+        """The runtime on the machine at `address`, connected. Raises RecipeError and DeviceUnavailable."""
+        ...
+
+
+@runtime_checkable
+class RemoteSession(Protocol):
+    """What a session has, too, that may run on another machine."""
+
+    def on_device_ns(self, feeds: Feeds) -> Callable[[], int] | None:
+        """A call that runs `feeds` there once and returns nanoseconds, transfers apart; None on this machine."""
         ...
 
 
