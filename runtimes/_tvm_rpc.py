@@ -333,7 +333,7 @@ def _connected(rpc: Any, address: Address) -> Any:
             )
         )
     try:
-        return tracker.request(address.key, max_retry=1)
+        return tracker.request(address.key)  # again, where a server has just changed its key
     except Exception as error:
         reason = str(error).strip().splitlines()[-1]
         raise DeviceUnavailable(message(f"{address}: the device does not answer", found=reason)) from error

@@ -18,11 +18,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from s2d_deploy.export.to_tvm import PYTHON, TARGET
-from s2d_deploy.registry import load_runtime
+from s2d_deploy.registry import load_runtime, load_target
 from s2d_deploy.session import Artifact
 
-RUNTIME = load_runtime("tvm")
+RUNTIME, TARGET = load_runtime("tvm"), load_target("tvm")
+PYTHON: str = sys.modules[type(TARGET).__module__].PYTHON
 pytestmark = pytest.mark.skipif(RUNTIME.available() is not None, reason=str(RUNTIME.available()))
 
 ROOT = Path(__file__).parent.parent.parent
@@ -152,7 +152,11 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiling = commands.replace("examples/tvm_run.cc", str(PROGRAM)).split("# run")[0]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-e", "-c", compiling], cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True
+        [str(shutil.which("bash")), "-e", "-c", compiling],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return folder / "tvm_run"
