@@ -119,17 +119,18 @@ def evaluate(steps: Sequence[Step], first: Any, load: Callable[[int], Any], keep
 
 
 def byte_code(x: Any, scale: Any, step: Step) -> Any:
-    """The byte of a value: ``clamp(round_half_even(x / scale) + zero) + offset``."""
+    """The byte of a value: ``clamp(round_half_even(x / scale) + zero) + offset``.
+
+    Clamped before it is rounded, which is the same, since the bounds are integers; then rounding needs no instruction
+    of its own (`_tvm_math.small_integer`).
+    """
     from tvm import tirx
 
     def f(value: int) -> Any:
         return tirx.const(float(value), "float32")
 
-    rounded = fast.nearbyint(x / scale)
-    if step.zero:
-        rounded = rounded + f(step.zero)
-    clamped = tirx.max(tirx.min(rounded, f(step.high)), f(step.low))
-    return (clamped.astype("int32") + step.offset).astype("uint8")
+    clamped = tirx.max(tirx.min(x / scale, f(step.high - step.zero)), f(step.low - step.zero))
+    return (fast.small_integer(clamped) + (step.zero + step.offset)).astype("uint8")
 
 
 def place_of(place: Place, outer: Any, inner: Any, row: Any, column: Any) -> Any:

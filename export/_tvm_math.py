@@ -27,13 +27,23 @@ def nearbyint(x: Any) -> Any:
     return tirx.call_llvm_pure_intrin("float32", "llvm.nearbyint", x)
 
 
+def small_integer(x: Any) -> Any:
+    """|x| <= 2^22 rounded half to even, as int32: 1.5 * 2^23 is added, beyond which floats are the integers.
+
+    `nearbyint` is a call to libm for each element where the processor has no instruction for it (x86-64 before SSE4.1).
+    The sum's bits are taken, and not the sum less what was added: that difference is simplified away to `x`.
+    """
+    from tvm import tirx
+
+    return tirx.reinterpret("int32", x + _f(1.5 * 2**23)) - 0x4B400000
+
+
 def exp(x: Any) -> Any:
     """e^x: 2^n times a polynomial in the rest, |rest| <= ln(2) / 2 (Cody and Waite's two-part reduction)."""
     from tvm import tirx
 
     x = tirx.max(tirx.min(x, _f(88.72283)), _f(-87.33654))
-    n = tirx.min(nearbyint(x * _f(1.0 / math.log(2.0))), _f(127.0))
-    return _power_of_two(n, x)
+    return _power_of_two(tirx.min(small_integer(x * _f(1.0 / math.log(2.0))), tirx.const(127, "int32")), x)
 
 
 def exp_of_negative(x: Any) -> Any:
@@ -41,15 +51,16 @@ def exp_of_negative(x: Any) -> Any:
     from tvm import tirx
 
     x = tirx.max(x, _f(-87.33654))
-    return _power_of_two(nearbyint(x * _f(1.0 / math.log(2.0))), x)
+    return _power_of_two(small_integer(x * _f(1.0 / math.log(2.0))), x)
 
 
 def _power_of_two(n: Any, x: Any) -> Any:
-    """e^x, n being x / ln 2 rounded."""
+    """e^x, n being x / ln 2 rounded, an int32."""
     from tvm import tirx
 
-    rest = x - n * _f(0.693359375) - n * _f(-2.12194440e-4)  # ln 2 in two parts, the first exact in few bits
-    power = tirx.reinterpret("float32", (n.astype("int32") + 127) << 23)
+    whole = n.astype("float32")
+    rest = x - whole * _f(0.693359375) - whole * _f(-2.12194440e-4)  # ln 2 in two parts, the first exact in few bits
+    power = tirx.reinterpret("float32", (n + 127) << 23)
     return (_polynomial(_exp_coefficients(), rest) * (rest * rest) + rest + _f(1.0)) * power
 
 

@@ -35,6 +35,7 @@ DEVICES = [
     "llvm -mcpu=x86-64-v4 -mattr=+avx512vnni",
     "llvm -mcpu=x86-64-v3 -mattr=+avxvnni",
     "llvm -mcpu=x86-64-v3",
+    "llvm -mcpu=x86-64-v4",
     "llvm",
 ]
 
@@ -345,4 +346,4 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "NAME=SIZE" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         to_tvm.main(["--help"])
-    assert "vm = tvm.relax.VirtualMachine" in capsys.readouterr().out
+    assert "vm = tvm.runtime.vm.VirtualMachine" in capsys.readouterr().out

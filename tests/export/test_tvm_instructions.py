@@ -6,6 +6,7 @@ Arm code runs here under qemu, linked with a cross compiler; where either is mis
 from __future__ import annotations
 
 import functools
+import math
 import re
 import shutil
 import struct
@@ -25,6 +26,7 @@ from common_graphs import Common  # noqa: E402
 
 from s2d_deploy.errors import DeviceUnavailable, RuntimeUnavailable  # noqa: E402
 from s2d_deploy.export import _tvm_isa, to_tvm  # noqa: E402, TID251
+from s2d_deploy.export import _tvm_math as fast  # noqa: E402, TID251
 from s2d_deploy.export._tvm_epilogue import Epilogue, Place, Step  # noqa: E402, TID251
 from s2d_deploy.export._tvm_isa import isa_of, required_features, resolve_target  # noqa: E402, TID251
 from s2d_deploy.export._tvm_kernels import Geometry, integer_kernel  # noqa: E402, TID251
@@ -150,6 +152,52 @@ def test_pairs_are_exact(device: str, batch: int, m: int, k: int, n: int, bits: 
     np.testing.assert_array_equal(computed(target, a, b, bits, zero), reference(a, b, zero))
 
 
+def gelu_and_codes(n: int) -> Epilogue:
+    """Scale, GELU, and a quantizer to INT4 with zero point 1."""
+    steps = (
+        Step("Mul", (("value", 0), ("operand", 0))),
+        Step("Gelu", (("value", 1),)),
+        Step("quantize", (("value", 2), ("operand", 1)), -8, 7, 1, 128),
+    )
+    row, column = Place((1,), (0, 0, 0, 0)), Place((n,), (0, 0, 0, 1))
+    return Epilogue((column, row), steps, ((3, Place((5, n), (0, 0, n, 1), "uint8")),))
+
+
+@pytest.mark.parametrize("device", [VNNI, V4, V3, V2, "llvm", NEON, DOTPROD])
+def test_epilogues_stay_in_vectors(device: str) -> None:
+    """No libm, and no arithmetic on single floats: each would cost a factor of the lanes."""
+    target = target_of(device)
+    isa = isa_of(target)
+    panels = Panels(24, 64, panel_width(64, isa.widths), isa.group, 4)
+    left = Place((5, panels.depth), (0, 0, panels.depth, 0), "uint8")
+    kernel = integer_kernel(isa, Geometry((1, 1), 5, left, panels, 128), gelu_and_codes(64))
+    text = compiled(target, f=kernel).mod.inspect_source("asm")
+    arm = _tvm_isa.is_arm(target)
+    vector, single = (
+        (r"\tf(?:mul|mla|add)\tv", r"\tf\w+\ts\d") if arm else (r"\tv?(?:mul|add|f\w+)ps\t", r"\tv?\w+ss\t")
+    )
+    assert len(re.findall(vector, text)) > 10
+    found = {
+        line for line in re.findall(rf"{single}.*", text) if not re.match(r"\t(?:v?(?:mov|broadcast)ss|fmov)\t", line)
+    }
+    assert not found
+    assert not re.search(r"\b(?:callq?|bl)\s+\*?(?:nearbyint|rint|exp|erf|tanh)", text)
+
+
+@pytest.mark.parametrize("device", [VNNI, "llvm"])
+def test_rounding_by_addition_is_half_to_even(device: str) -> None:
+    from tvm import te
+
+    target = runnable(device)
+    whole = np.arange(-1024, 1025, dtype=np.float32) / 2
+    x = np.concatenate([whole, np.nextafter(whole, np.float32(1e9)), np.nextafter(whole, np.float32(-1e9))])
+    placeholder = te.placeholder(x.shape, "float32", "x")
+    result = te.compute(x.shape, lambda i: fast.small_integer(placeholder[i]))
+    out = tvm.runtime.tensor(np.zeros(x.shape, np.int32))
+    compiled(target, f=te.create_prim_func([placeholder, result]))["f"](tvm.runtime.tensor(x), out)
+    np.testing.assert_array_equal(out.numpy(), np.rint(x).astype(np.int32))
+
+
 # Arm
 
 HARNESS = r"""
@@ -264,23 +312,15 @@ def test_arm_epilogue_quantizes_as_numpy_does(tmp_path: Path) -> None:
     target, rng = target_of(DOTPROD), np.random.default_rng(1)
     isa, (m, k, n) = isa_of(target), (5, 24, 19)
     panels = Panels(k, n, panel_width(n, isa.widths), isa.group, 4)
-    left, whole = Place((m, panels.depth), (0, 0, panels.depth, 0), "uint8"), Place((m, n), (0, 0, n, 1), "uint8")
-    steps = (
-        Step("Mul", (("value", 0), ("operand", 0))),
-        Step("Gelu", (("value", 1),)),
-        Step("quantize", (("value", 2), ("operand", 1)), -8, 7, 1, 128),
-    )
-    epilogue = Epilogue((Place((n,), (0, 0, 0, 1)), Place((1,), (0, 0, 0, 0))), steps, ((3, whole),))
-    kernel = integer_kernel(isa, Geometry((1, 1), m, left, panels, 128), epilogue)
+    left = Place((m, panels.depth), (0, 0, panels.depth, 0), "uint8")
+    kernel = integer_kernel(isa, Geometry((1, 1), m, left, panels, 128), gelu_and_codes(n))
     a = rng.integers(0, 256, (m, panels.depth)).astype(np.uint8)
     b = rng.integers(-8, 8, (1, k, n)).astype(np.int8)
     scale, step = rng.uniform(1e-4, 1e-3, n).astype(np.float32), np.array([0.11], np.float32)
     arrays = [a, panels.pack(b), scale, step, np.zeros((m, n), np.uint8)]
     (found,) = under_qemu(target, tmp_path, [kernel], [(0, arrays)])
-    from math import erf
-
     x = reference(a[:, :k], b[0], 128) * scale.astype(np.float64)
-    x = 0.5 * x * (1 + np.vectorize(erf)(x / 2**0.5)) / step.astype(np.float64)
+    x = 0.5 * x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / step.astype(np.float64)
     clear = np.abs(np.abs(x - np.trunc(x)) - 0.5) > 1e-4
     assert clear.mean() > 0.9
     np.testing.assert_array_equal(found[clear], (np.clip(np.rint(x) + 1, -8, 7) + 128)[clear])
