@@ -24,7 +24,7 @@ from s2d_deploy.session import Array, Progress
 
 from ._tvm_emit import Emitter
 from ._tvm_import import GraphImporter, product_params
-from ._tvm_isa import Isa, host_name, isa_of, required_features, resolve_target
+from ._tvm_isa import Isa, host_name, isa_of, require_known_processor, required_features, resolve_target
 from ._tvm_products import Product, Stored, lower_product, token_operands
 from ._tvm_schedule import schedule_loops
 from ._tvm_static import StaticGraph, fix_dimensions
@@ -82,6 +82,7 @@ def compile_model(
     from tvm import relax
 
     attributes = resolve_target(device)
+    require_known_processor(attributes)
     target = tvm.target.Target(attributes)
     isa = isa_of(target)
     builder = relax.BlockBuilder()

@@ -156,6 +156,25 @@ def resolve_target(device: str) -> dict[str, Any]:
     return target
 
 
+def require_known_processor(target: dict[str, Any]) -> None:
+    """Refuse a processor that LLVM does not know for its triple: it would build for a plain one, and only log that.
+
+    Raises:
+        RecipeError: not a processor of that triple.
+    """
+    from tvm.target.codegen import llvm_get_system_triple, llvm_is_valid_cpu
+
+    name, triple = target.get("mcpu"), target.get("mtriple") or llvm_get_system_triple()
+    if name is not None and not llvm_is_valid_cpu(name, triple):
+        raise RecipeError(
+            message(
+                f"LLVM knows no processor {name!r} for {triple}",
+                expected="a name that `clang --print-supported-cpus` lists for it",
+                fix="for example x86-64-v3, or for -mtriple=aarch64-linux-gnu cortex-a76",
+            )
+        )
+
+
 def isa_of(target: Any) -> Isa:
     """The kernels' instruction set for a TVM target."""
     from tvm.target.codegen import target_has_features

@@ -189,6 +189,8 @@ def test_two_artifacts_share_a_device_and_time_is_counted_there(server: str, art
 def test_the_devices_processor_is_asked(server: str) -> None:
     cpu = importlib.import_module("s2d_deploy.runtimes._cpu_features")
     known = importlib.import_module("s2d_deploy.runtimes._tvm_probe").KNOWN
+    needed = importlib.import_module("s2d_deploy.export._tvm_isa")._KERNEL_NAMES
+    assert known >= set(needed.values())  # what is not asked for would be missing everywhere
     remote = RUNTIME.at(server)
     assert remote._link.features == cpu.cpu_features() & known
     assert remote.device() == f"{cpu.cpu_name()} at {server}"
@@ -336,6 +338,7 @@ def test_bench_and_verify_there(commands: Commands, recipe: str, server: str) ->
     ("flags", "text"),
     [
         (["--device", "rpc://nowhere"], "device 'rpc://nowhere'. Expected: rpc://host:port/key"),
+        (["--device", "llvm -mcpu=nonsense"], "LLVM knows no processor 'nonsense' for "),
         (["--target", "reference", "--device", "rpc://h:1"], "--device is for the target tvm. Found: reference"),
     ],
 )
