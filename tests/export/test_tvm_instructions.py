@@ -27,6 +27,7 @@ from common_graphs import Common  # noqa: E402
 from s2d_deploy.errors import DeviceUnavailable, RuntimeUnavailable  # noqa: E402
 from s2d_deploy.export import _tvm_isa, to_tvm  # noqa: E402, TID251
 from s2d_deploy.export import _tvm_math as fast  # noqa: E402, TID251
+from s2d_deploy.export._tvm_attention import panels_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_epilogue import Epilogue, Place, Step  # noqa: E402, TID251
 from s2d_deploy.export._tvm_isa import isa_of, required_features, resolve_target  # noqa: E402, TID251
 from s2d_deploy.export._tvm_kernels import Geometry, integer_kernel  # noqa: E402, TID251
@@ -324,6 +325,21 @@ def test_arm_epilogue_quantizes_as_numpy_does(tmp_path: Path) -> None:
     clear = np.abs(np.abs(x - np.trunc(x)) - 0.5) > 1e-4
     assert clear.mean() > 0.9
     np.testing.assert_array_equal(found[clear], (np.clip(np.rint(x) + 1, -8, 7) + 128)[clear])
+
+
+def test_arm_panels_of_an_activation(tmp_path: Path) -> None:
+    target, (k, n) = target_of(DOTPROD), (12, 20)
+    isa = isa_of(target)
+    panels = Panels(k, n, panel_width(n, isa.widths), isa.group, 8)
+    codes = np.random.default_rng(2).integers(-128, 128, (6, k, n)).astype(np.int8)
+    stored = {(k * n, n, 1): codes, (k * n, 1, k): codes.transpose(0, 2, 1)}
+    kernels, calls = [], []
+    for (matrix, row, column), values in stored.items():
+        raw = (np.ascontiguousarray(values).astype(np.int16) + 128).astype(np.uint8)
+        kernels.append(panels_kernel(isa, (6, 1), panels, Place(raw.shape, (matrix, 0, row, column), "uint8"), 128))
+        calls.append((len(calls), [raw, np.full((6, *panels.shape), 99, np.int8)]))
+    for found in under_qemu(target, tmp_path, kernels, calls):
+        np.testing.assert_array_equal(found, panels.pack(codes))
 
 
 @pytest.mark.parametrize(
