@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2d_deploy.latency import LatencyStats, Ratio, measure, ratio
+from s2d_deploy.latency import DeviceClock, LatencyStats, Ratio, measure, ratio
 
 MS = 1_000_000
 
@@ -287,3 +287,12 @@ def test_ratio_needs_one_run():
     zero = Machine(a=constant(1), b=constant(0)).measure()
     with pytest.raises(ValueError, match="'b' has a sample of 0 ns"):
         ratio(zero["a"], zero["b"])
+
+
+def test_a_devices_own_time_is_what_counts():
+    clock, spent = DeviceClock(), iter(range(1, 100))
+    stats = measure(
+        {"a": clock.candidate(lambda: next(spent))}, warmup=0, min_samples=5, min_seconds=0, max_seconds=1, clock=clock
+    )
+    assert stats["a"].samples_ns == (1, 2, 3, 4, 5)
+    assert clock() == 15
