@@ -148,6 +148,6 @@ def refuse_missing(artifact: Artifact, about: dict[str, Any], missing: list[str]
                 f"{artifact.folder}: built for features that this processor lacks",
                 expected=f"{about['isa']}, with {', '.join(missing)}",
                 found=where,
-                fix="build it on this machine, or with the option device: 'llvm -mcpu=x86-64-v3'",
+                fix="build it on this machine, or with the option `device` of one like it (docs/tvm.md)",
             )
         )
