@@ -1,6 +1,4 @@
-# mypy: disable-error-code="untyped-decorator, no-untyped-def, valid-type, misc"
-# (TVMScript in `float_kernel`: annotations are buffers, and the text is parsed by TVM, not run by Python)
-"""TensorIR kernels for products of codes: exact integers, and an epilogue on the register tile.
+"""TensorIR kernels for matrix products: exact integers with an epilogue on the register tile, and FP32.
 
 One family, generated for an instruction set (`Isa`) and one shape: the right operand lies in panels (`Panels`), a task
 is one panel times some rows, and a register tile of `Isa.rows` rows times one panel's width walks over K. Tasks run in
@@ -294,59 +292,55 @@ def each_vector(panels: Panels, lanes: int, p: Any, write: Callable[[int, Any], 
                 write(first, lane)
 
 
-@lru_cache(maxsize=512)  # TVM parses a kernel's text in 50 ms: equal layers share it
+@lru_cache(maxsize=512)
 def float_kernel(isa: Isa, panels: Panels, batch: int, rows: int) -> Any:
-    """``(batch, rows, depth) x (batch, *shape) -> (batch, rows, columns)``, all float32, as a PrimFunc."""
-    from tvm.script import tirx as T
+    """``(batch, rows, depth) x (batch, *shape) -> (batch, rows, columns)``, all float32, as a PrimFunc.
 
-    lanes, height = isa.lanes, isa.rows
+    Sums run in another order than other libraries': they agree within a few ULPs, not bit for bit.
+    """
+    from tvm import tirx
+
+    b, lanes, height = ir(), isa.lanes, isa.rows
     count, runs, line = panels.shape
-    vectors = panels.width // lanes
     tiles, full, rest = -(-rows // height), rows // height, rows % height
     cuts = cuts_of(batch * count, tiles)
     per_cut = -(-tiles // cuts)
-    tasks = T.parallel if 4 * batch * rows * panels.depth * panels.columns >= SERIAL_BELOW else T.serial
+    depth, columns = panels.depth, panels.columns
+    nothing = splat(tirx.const(0.0, "float32"), lanes)
 
-    @T.inline
-    def tile(a, b, o, n, p, first, height_here):
-        acc = T.alloc_buffer((height * panels.width,), "float32", scope="local")
-        for r in T.unroll(height_here):
-            for v in T.unroll(vectors):
-                acc[T.ramp((r * vectors + v) * lanes, 1, lanes)] = T.broadcast(T.float32(0), lanes)
-        for k in T.serial(runs):
-            for r in T.unroll(height_here):
-                for v in T.unroll(vectors):
-                    acc[T.ramp((r * vectors + v) * lanes, 1, lanes)] = (
-                        acc[T.ramp((r * vectors + v) * lanes, 1, lanes)]
-                        + T.broadcast(a[n, first + r, k], lanes) * b[n, p, k, T.ramp(v * lanes, 1, lanes)]
-                    )
-        for r in T.unroll(height_here):
-            for v in T.unroll(vectors):
-                o[n, first + r, T.ramp(p * panels.width + v * lanes, 1, lanes)] = acc[
-                    T.ramp((r * vectors + v) * lanes, 1, lanes)
-                ]
+    def body(a: Any, right: Any, o: Any) -> None:
+        with loop(4 * batch * rows * depth * columns, SERIAL_BELOW)(0, batch * count * cuts) as task:
+            product, p, cut = task // (count * cuts), task // cuts % count, task % cuts
+            base = (product * count + p) * runs * line
 
-    @T.prim_func(private=True, s_tir=True)
-    def kernel(
-        a: T.Buffer((batch, rows, panels.depth), "float32"),
-        b: T.Buffer((batch, count, runs, line), "float32"),
-        o: T.Buffer((batch, rows, panels.columns), "float32"),
-    ):
-        T.func_attr({"tirx.noalias": True, "op_pattern": 8, "tirx.is_scheduled": True})
-        for task in tasks(batch * count * cuts):
-            for i in T.serial(per_cut):
-                if task % cuts * per_cut + i < full:
-                    tile(
-                        a,
-                        b,
-                        o,
-                        task // (count * cuts),
-                        task // cuts % count,
-                        (task % cuts * per_cut + i) * height,
-                        height,
-                    )
-                if rest != 0:  # noqa: SIM102
-                    if task % cuts * per_cut + i == full:
-                        tile(a, b, o, task // (count * cuts), task // cuts % count, full * height, rest)
+            def tile(first: Any, tall: int) -> None:
+                # A vector for each accumulator, small enough for the stack: LLVM keeps them in registers.
+                vectors = [(r, v) for r in range(tall) for v in range(panels.width // lanes)]
+                acc = {place: b.alloc_buffer((lanes,), "float32") for place in vectors}
+                every = ramp(0, lanes)
+                for vector in acc.values():
+                    b.buffer_store(vector, nothing, [every])
+                with b.serial(0, runs) as k:
+                    for (r, v), vector in acc.items():
+                        left = splat(a[(product * rows + first + r) * depth + k], lanes)
+                        value = vector[every] + left * right[ramp(base + k * line + v * lanes, lanes)]
+                        b.buffer_store(vector, value, [every])
+                for (r, v), vector in acc.items():
+                    place = (product * rows + first + r) * columns + p * panels.width + v * lanes
+                    b.buffer_store(o, vector[every], [ramp(place, lanes)])
 
-    return kernel
+            with b.serial(0, per_cut) as i:
+                at = cut * per_cut + i
+                if full:
+                    with when(at < full):
+                        tile(at * height, height)
+                if rest:
+                    with when(at == full):
+                        tile(full * height, rest)
+
+    arguments = [
+        ("a", (batch, rows, depth), "float32"),
+        ("b", (batch, count, runs, line), "float32"),
+        ("o", (batch, rows, columns), "float32"),
+    ]
+    return prim_func(arguments, body)
