@@ -17,7 +17,7 @@ from . import _tvm_math as fast
 from ._tvm_builder import ir, loop, prim_func, ramp, splat, when
 from ._tvm_epilogue import Epilogue, Place, Step, byte_code, place_of, scratch_of, values_of
 from ._tvm_isa import Isa
-from ._tvm_kernels import SERIAL_BELOW, Geometry, Tile, cuts_of, each_vector
+from ._tvm_kernels import SERIAL_BELOW, Geometry, Tile, cuts_of, each_tile, each_vector
 from ._tvm_panels import Panels
 from ._tvm_rows import folded
 
@@ -142,9 +142,7 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
     b, panels, lanes = ir(), geometry.panels, isa.lanes
     count, columns, valid = panels.count, panels.columns, panels.n
     vectors = -(-valid // lanes)
-    tiles, full, rest = -(-geometry.rows // isa.rows), geometry.rows // isa.rows, geometry.rows % isa.rows
-    cuts = cuts_of(geometry.products, tiles)
-    per_cut = -(-tiles // cuts)
+    cuts = cuts_of(geometry.products, geometry.rows, isa.rows)
     one_matrix = count * panels.shape[1] * panels.shape[2]
     one_panel = panels.shape[1] * panels.shape[2]
     arguments = [
@@ -239,13 +237,6 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
                         each_vector(panels, lanes, p, lambda v, lane: score(p, r, first + r, v, lane))
                 softmax(first, height)
 
-            with b.serial(0, per_cut) as i:
-                at = cut * per_cut + i
-                if full:
-                    with when(at < full):
-                        rows(at * isa.rows, isa.rows)
-                if rest:
-                    with when(at == full):
-                        rows(full * isa.rows, rest)
+            each_tile(geometry.rows, isa.rows, cut, cuts, rows)
 
     return prim_func(arguments, body)

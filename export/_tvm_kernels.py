@@ -62,9 +62,23 @@ class Geometry:
         return self.products * self.rows * self.panels.depth * self.panels.columns
 
 
-def cuts_of(tasks: int, tiles: int) -> int:
+def cuts_of(tasks: int, rows: int, height: int) -> int:
     """Into how many runs of row tiles each panel's work is cut."""
-    return max(1, min(tiles, -(-_TASKS // tasks)))
+    return max(1, min(-(-rows // height), -(-_TASKS // tasks)))
+
+
+def each_tile(rows: int, height: int, cut: Any, cuts: int, write: Callable[[Any, int], None]) -> None:
+    """``write(first row, rows)`` for every tile of run `cut` of `cuts`; the last tile may have fewer rows."""
+    full, rest = rows // height, rows % height
+    per_cut = -(-(full + (rest > 0)) // cuts)
+    with ir().serial(0, per_cut) as i:
+        at = cut * per_cut + i
+        if full:
+            with when(at < full):
+                write(at * height, height)
+        if rest:
+            with when(at == full):
+                write(full * height, rest)
 
 
 class Tile:
@@ -194,9 +208,7 @@ def integer_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue) -> Any:
     """
     b, panels = ir(), geometry.panels
     count = panels.count
-    tiles, full, rest = -(-geometry.rows // isa.rows), geometry.rows // isa.rows, geometry.rows % isa.rows
-    cuts = cuts_of(geometry.products * count, tiles)
-    per_cut = -(-tiles // cuts)
+    cuts = cuts_of(geometry.products * count, geometry.rows, isa.rows)
     stored = (geometry.products, *panels.stored_shape)
     arguments = [
         ("a", geometry.left.shape, "uint8"),
@@ -236,14 +248,7 @@ def integer_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue) -> Any:
                 with b.serial(0, height) as r:
                     _finish(isa, geometry, epilogue, operands, outputs, out, (outer, inner, p, first + r), r)
 
-            with b.serial(0, per_cut) as i:
-                at = cut * per_cut + i
-                if full:
-                    with when(at < full):
-                        rows(at * isa.rows, isa.rows)
-                if rest:
-                    with when(at == full):
-                        rows(full * isa.rows, rest)
+            each_tile(geometry.rows, isa.rows, cut, cuts, rows)
 
     return prim_func(arguments, body)
 
@@ -300,11 +305,9 @@ def float_kernel(isa: Isa, panels: Panels, batch: int, rows: int) -> Any:
     """
     from tvm import tirx
 
-    b, lanes, height = ir(), isa.lanes, isa.rows
+    b, lanes = ir(), isa.lanes
     count, runs, line = panels.shape
-    tiles, full, rest = -(-rows // height), rows // height, rows % height
-    cuts = cuts_of(batch * count, tiles)
-    per_cut = -(-tiles // cuts)
+    cuts = cuts_of(batch * count, rows, isa.rows)
     depth, columns = panels.depth, panels.columns
     nothing = splat(tirx.const(0.0, "float32"), lanes)
 
@@ -329,14 +332,7 @@ def float_kernel(isa: Isa, panels: Panels, batch: int, rows: int) -> Any:
                     place = (product * rows + first + r) * columns + p * panels.width + v * lanes
                     b.buffer_store(o, vector[every], [ramp(place, lanes)])
 
-            with b.serial(0, per_cut) as i:
-                at = cut * per_cut + i
-                if full:
-                    with when(at < full):
-                        tile(at * height, height)
-                if rest:
-                    with when(at == full):
-                        tile(full * height, rest)
+            each_tile(rows, isa.rows, cut, cuts, tile)
 
     arguments = [
         ("a", (batch, rows, depth), "float32"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -269,29 +270,36 @@ def test_a_value_that_is_wanted_ends_its_kernel() -> None:
     assert units(block(also="normal"))["normal"] == ["LayerNormalization", "QuantizeLinear"]
 
 
+def fused_and_not(
+    model: Path, feeds: dict[str, np.ndarray], output: str, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Codes and output of `model` with fusion and without, built for the batch of `feeds`."""
+    from s2d_deploy.export import _tvm_import  # noqa: TID251
+    from s2d_deploy.registry import load_runtime, load_target
+
+    target, runtime = load_target("tvm"), load_runtime("tvm")
+    options = target.shape_options([next(iter(feeds.values())).shape[0]], {})
+    results = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(_tvm_import, "find_units", lambda *_: [])
+        folder = model.parent / f"fused-{fused}"
+        folder.mkdir()
+        artifact = target.build(model, folder, precision="w4a4", options=options, progress=lambda _: None)
+        with runtime.open(artifact, threads=2) as session:
+            results.append((session.codes(feeds), session.run(feeds)[output]))
+    return results
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_fused_kernels_compute_what_single_operators_do(
     batch: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Codes at every site and the output, with and without fusion."""
-    from s2d_deploy.export import _tvm_import  # noqa: TID251
-    from s2d_deploy.registry import load_runtime, load_target
-
-    target, runtime = load_target("tvm"), load_runtime("tvm")
     model = tmp_path / "model.onnx"
     onnx.save(block(), model)
     x = np.random.default_rng(1).standard_normal((batch, 5, 16)).astype(np.float32)
-    results = []
-    for fused in (True, False):
-        if not fused:
-            monkeypatch.setattr(_tvm_import, "find_units", lambda *_: [])
-        folder = tmp_path / str(fused)
-        folder.mkdir()
-        options = target.shape_options([batch], {})
-        artifact = target.build(model, folder, precision="w4a4", options=options, progress=lambda _: None)
-        with runtime.open(artifact, threads=2) as session:
-            results.append((session.codes({"x": x}), session.run({"x": x})["y"]))
-    (codes, y), (plain_codes, plain_y) = results
+    (codes, y), (plain_codes, plain_y) = fused_and_not(model, {"x": x}, "y", monkeypatch)
     assert set(codes) == {"in", "q.out", "k.out", "v.out", "probs.out", "o.in"}
     for site, found in codes.items():
         assert found.dtype == plain_codes[site].dtype
@@ -303,8 +311,7 @@ def test_scales_of_each_token_are_part_of_the_kernel(tmp_path: Any, monkeypatch:
     """A BERT with run-time scales: every projection is one kernel, and computes what single operators do."""
     import tiny_quantized as tiny
 
-    from s2d_deploy.export import _tvm_import  # noqa: TID251
-    from s2d_deploy.registry import load_exporter, load_runtime, load_target
+    from s2d_deploy.registry import load_exporter
 
     quantized, context, _ = tiny.run("bert", "w4a4", [], activation_granularity="token")
     batch = next(iter(context.batches()))
@@ -320,16 +327,6 @@ def test_scales_of_each_token_are_part_of_the_kernel(tmp_path: Any, monkeypatch:
     scaled = [u for u in found if u.kind == "tail" and products[u.node.name][0].token_scale]
     assert len(scaled) == 12
     assert all(unit.steps[0].op == "Mul" and unit.operands[0][1].strides == (0, 0, 1, 0) for unit in scaled)
-    target, runtime = load_target("tvm"), load_runtime("tvm")
     feeds = {name: value.numpy() for name, value in batch.items()}
-    results = []
-    for fused in (True, False):
-        if not fused:
-            monkeypatch.setattr(_tvm_import, "find_units", lambda *_: [])
-        folder = tmp_path / str(fused)
-        folder.mkdir()
-        options = target.shape_options([sizes["batch"]], {})
-        artifact = target.build(path, folder, precision="w4a4", options=options, progress=lambda _: None)
-        with runtime.open(artifact, threads=2) as session:
-            results.append(session.run(feeds)["last_hidden_state"])
-    np.testing.assert_allclose(results[0], results[1], rtol=1e-4, atol=1e-4)
+    (_, y), (_, plain_y) = fused_and_not(path, feeds, "last_hidden_state", monkeypatch)
+    np.testing.assert_allclose(y, plain_y, rtol=1e-4, atol=1e-4)
