@@ -128,8 +128,14 @@ class _Finder:
         wanted: set[str],
     ) -> None:
         self.graph, self.products, self.users, self.wanted = graph, products, users, wanted
+        self.taken: set[int] = set()  # nodes by identity; two products that meet in a sum both reach it
 
     def unit(self, node: onnx.NodeProto) -> Unit | None:
+        unit = self._unit(node)
+        self.taken |= {id(n) for n in unit.nodes} if unit is not None else set()
+        return unit
+
+    def _unit(self, node: onnx.NodeProto) -> Unit | None:
         if node.name in self.products:
             product, stored = self.products[node.name]
             if not fusible(product, stored) or len([i for i in node.input if i]) > 2:
@@ -140,7 +146,9 @@ class _Finder:
     def _reader(self, value: str) -> onnx.NodeProto | None:
         """The only node that reads `value`; None where there are several, or it is wanted itself."""
         readers = self.users.get(value, [])
-        return readers[0] if len(readers) == 1 and value not in self.wanted else None
+        if len(readers) != 1 or value in self.wanted or id(readers[0]) in self.taken:
+            return None
+        return readers[0]
 
     def _elementwise(self, unit: Unit, value: str, number: int, full: Array) -> tuple[str, int]:
         """Take elementwise nodes behind `value` into `unit`; returns the last value and its number.
@@ -304,7 +312,7 @@ class _Finder:
             unit.steps.append(Step(op, (("value", number), ("operand", number))))
         value, number = node.output[0], len(unit.steps)
         readers = self.users.get(value, [])
-        quantizers = [r for r in readers if self._code(r) is not None]
+        quantizers = [r for r in readers if self._code(r) is not None and id(r) not in self.taken]
         if len(quantizers) < len(readers) or value in self.wanted or not readers:
             unit.results.append((value, number))
         for reader in quantizers:

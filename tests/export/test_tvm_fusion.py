@@ -11,7 +11,6 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto
 
 from s2d_deploy.qgraph import contractions
 
@@ -226,17 +225,7 @@ def block(tokens: int = 5, width: int = 16, heads: int = 2, *, also: str = "") -
     together = g.add("Reshape", [g.add("Transpose", [mixed], "rows", perm=[0, 2, 1, 3]), joined], "together")
     out = linear(g.activation(together, "o.in", "INT4", 0.2), "o")
     g.add("Add", [out, "x"], "y")
-    outputs = ["y", *([also] if also else [])]
-    graph = onnx.helper.make_graph(
-        g.nodes,
-        "g",
-        g.inputs,
-        [onnx.helper.make_tensor_value_info(o, TensorProto.FLOAT, None) for o in outputs],
-        list(g.stored.values()),
-    )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
-    model.metadata_props.add(key="s2d.precision", value="w4a4")
-    return model
+    return g.model("y", *([also] if also else []))
 
 
 def units(model: onnx.ModelProto, batch: int = 1) -> dict[str, list[str]]:
@@ -268,6 +257,24 @@ def test_a_value_that_is_wanted_ends_its_kernel() -> None:
     assert units(block(also="masked"))["scores"] == ["MatMul", "Mul", "Add"]
     assert units(block(also="rows"))["mix"] == ["MatMul"]
     assert units(block(also="normal"))["normal"] == ["LayerNormalization", "QuantizeLinear"]
+
+
+def test_two_products_that_meet_in_a_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them takes the sum along, the other ends before it."""
+    rng = np.random.default_rng(3)
+    g = Common("w4a4", x=(5, 16))
+    value = g.activation("x", "in", "INT4", 0.3)
+    products = []
+    for name in ("a", "b"):
+        weight = g.weight(f"{name}.weight", "INT4", rng.integers(-7, 8, (16, 16)), rng.uniform(0.05, 0.1, 16), axis=1)
+        products.append(g.op("MatMul", name, [value, weight], "W4A4", 5 * 256))
+    g.add("Relu", [g.add("Add", products, "sum")], "y")
+    path = tmp_path / "model.onnx"
+    onnx.save(g.model("y"), path)
+    assert sorted(units(onnx.load(path)).values()) == [["MatMul"], ["MatMul", "Add", "Relu"]]
+    x = rng.standard_normal((2, 5, 16)).astype(np.float32)
+    (_, y), (_, plain) = fused_and_not(path, {"x": x}, "y", monkeypatch)
+    np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-5)
 
 
 def fused_and_not(

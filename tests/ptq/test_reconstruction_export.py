@@ -49,17 +49,18 @@ def test_onnx_runtime_computes_the_simulation(case: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "names"),
+    ("name", "precision", "passes"),
     [
-        ("int4_gptq", "w4a16", ["gptq"]),
+        ("int4_gptq", "w4a16", [{"gptq": {"sequential": False}}]),
         ("int4_awq", "w4a16", ["awq", "ranges", "awq_clip"]),
         ("w4a4_erq", "w4a4", ["erq"]),
     ],
 )
-def test_presets(name: str, precision: str, names: list[str]):
+def test_presets(name: str, precision: str, passes: list):
     section = QuantizeSection(preset=name)
     assert section.precisions == (precision,)
-    assert list(section.passes) == names == preset(name)["passes"]
+    assert list(section.passes) == passes == preset(name)["passes"]
+    names = [entry if isinstance(entry, str) else next(iter(entry)) for entry in passes]
     found, _, _ = tiny.run("vit", precision, list(section.passes), block_size=8)
     assert [p["name"] for p in found.plan.info["passes"] if p["name"] != "ranges"] == [
         n for n in names if n != "ranges"
