@@ -128,7 +128,9 @@ def _zero_rest(o: Any, target: Any, first: int, runs: int, line: int) -> None:
 
 @lru_cache(maxsize=512)
 def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, depth: int) -> Any:
-    """left bytes, key panels, operands, scale -> probabilities' bytes ``(products, rows, depth)``, as a PrimFunc.
+    """left bytes, key panels, `Geometry.extra`, operands, scale -> probabilities' bytes, as a PrimFunc.
+
+    The result is ``(products, rows, depth)``.
 
     Args:
         isa: the instruction set.
@@ -148,13 +150,16 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
     arguments = [
         ("a", geometry.left.shape, "uint8"),
         ("b", (geometry.products, *panels.shape), "int8"),
+        *geometry.extra,
         *((f"x{i}", place.shape, place.dtype) for i, place in enumerate(epilogue.operands)),
         ("scale", (), "float32"),
         ("o", (geometry.products, geometry.rows, depth), "uint8"),
     ]
 
+    extra = len(geometry.extra)  # row sums, where the keys have a zero point
+
     def body(a: Any, keys: Any, *others: Any) -> None:
-        operands, scale, o = others[: len(epilogue.operands)], others[-2], others[-1]
+        operands, scale, o = others[extra : extra + len(epilogue.operands)], others[-2], others[-1]
         tile = Tile(isa, geometry)
         with loop(geometry.macs, SERIAL_BELOW)(0, geometry.products * cuts) as task:
             product, cut = task // cuts, task % cuts
@@ -177,6 +182,8 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
             def score(p: Any, r: Any, row: Any, first: int, lane: Any) -> None:
                 column = p * panels.width + first + lane
                 accumulator = out[r * panels.width + first + lane]
+                if extra:
+                    accumulator = accumulator + others[0][product * geometry.rows + row] * geometry.factor
                 at = (outer, inner, row, column)
                 value = values_of(epilogue, operands, accumulator, at, scratch, lane)[-1]
                 b.buffer_store(scores, value, [r * columns + column])

@@ -78,6 +78,7 @@ def _relu(x: Any) -> Any:
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
+    "Identity": lambda a: a,
     "Add": lambda a, b: a + b,
     "Sub": lambda a, b: a - b,
     "Mul": lambda a, b: a * b,

@@ -84,16 +84,13 @@ def find_units(
     return units
 
 
-def fusible(product: Product, stored: Stored | None) -> bool:
+def fusible(product: Product) -> bool:
     """Whether the kernel with an epilogue computes this product."""
     return (
         product.arithmetic == "integer"
-        and product.blocks == 1
+        and (product.blocks == 1 or product.panels.depth == product.panels.k)
         and product.window is None
         and (product.token_scale is None or product.shared_right)
-        and product.right_correction == 0
-        and product.right_shift == 0
-        and (stored is None or stored.correction is None)
         and product.full_shape == product.out_shape
         and (product.shared_right or len(product.out_batch) <= 2)
         and min(len(product.left_shape), len(product.right_shape)) >= 2
@@ -137,8 +134,8 @@ class _Finder:
 
     def _unit(self, node: onnx.NodeProto) -> Unit | None:
         if node.name in self.products:
-            product, stored = self.products[node.name]
-            if not fusible(product, stored) or len([i for i in node.input if i]) > 2:
+            product = self.products[node.name][0]
+            if not fusible(product) or len([i for i in node.input if i]) > 2:
                 return None
             return self._scores(node, product) or self._tail(node, product)
         return self._norm(node) if node.op_type == "LayerNormalization" else None

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from ._tvm_builder import ir, loop, prim_func, ramp, splat, when
 from ._tvm_epilogue import Epilogue, Place, place_of, scratch_of, store
@@ -38,6 +38,10 @@ class Geometry:
             bytes of one row lie side by side, `panels.depth` of them.
         panels: geometry of the right operand.
         zero: what to subtract from the bytes of the left operand, 0 to 255.
+        blocks: how many blocks of K have scales of their own; `panels` are those of one block, without padding of K.
+        factors: zero points of the right operand: ``"none"``; ``"columns"``: the sum of a row (of its block) times a
+            stored factor is added to the accumulator; ``"one"``: times `factor`.
+        factor: see there.
     """
 
     batch: tuple[int, int]
@@ -45,11 +49,15 @@ class Geometry:
     left: Place
     panels: Panels
     zero: int
+    blocks: int = 1
+    factors: Literal["none", "columns", "one"] = "none"
+    factor: int = 0
 
     @property
     def name(self) -> str:
         """Of the function, for people: bits of the right operand and the sizes."""
-        return f"integer_{self.panels.bits}bit_{self.products}x{self.rows}x{self.panels.k}x{self.panels.n}"
+        k = f"{self.blocks}x{self.panels.k}" if self.blocks > 1 else f"{self.panels.k}"
+        return f"integer_{self.panels.bits}bit_{self.products}x{self.rows}x{k}x{self.panels.n}"
 
     @property
     def products(self) -> int:
@@ -59,7 +67,19 @@ class Geometry:
     @property
     def macs(self) -> int:
         """Multiply-accumulates, padding included."""
-        return self.products * self.rows * self.panels.depth * self.panels.columns
+        return self.products * self.rows * self.blocks * self.panels.depth * self.panels.columns
+
+    @property
+    def extra(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Arguments between the operands of the product and those of the epilogue: name, shape, dtype."""
+        found: list[tuple[str, tuple[int, ...], str]] = []
+        if self.factors != "none":
+            found.append(("sums", (self.products, self.blocks, self.rows), "int32"))
+        if self.factors == "columns":
+            found.append(("factors", (self.blocks, self.panels.n), "int32"))
+        if self.blocks > 1:
+            found.append(("scales", (self.blocks, self.panels.n), "float32"))
+        return found
 
 
 def cuts_of(tasks: int, rows: int, height: int) -> int:
@@ -175,12 +195,11 @@ class Tile:
         if rest:
             groups(whole * NARROW_RUNS, rest)
 
-    def unpack(self, stored: Any, base: Any) -> Any:
-        """One panel of 4-bit codes, two a byte from flat `base` on, as signed bytes: a buffer of ``runs * line``."""
+    def unpack(self, stored: Any, base: Any, panel: Any, to: Any = 0) -> None:
+        """One panel of 4-bit codes, two a byte from flat `base` on, as ``runs * line`` signed bytes from `to` on."""
         from tvm import tirx
 
         b, step = ir(), self.step
-        panel = b.alloc_buffer((self.runs * self.line,), "int8")
         eight, fifteen, four = (splat(tirx.const(x, "uint8"), step) for x in (8, 15, 4))
 
         def signed(nibble: Any) -> Any:
@@ -191,96 +210,163 @@ class Tile:
             for v in range(self.line // step):
                 pair = stored[ramp(base + k * self.line + v * step, step)]
                 low, high = tirx.bitwise_and(pair, fifteen), tirx.shift_right(pair, four)
-                b.buffer_store(panel, signed(low), [ramp(k * 2 * self.line + v * step, step)])
-                b.buffer_store(panel, signed(high), [ramp((k * 2 + 1) * self.line + v * step, step)])
-        return panel
+                b.buffer_store(panel, signed(low), [ramp(to + k * 2 * self.line + v * step, step)])
+                b.buffer_store(panel, signed(high), [ramp(to + (k * 2 + 1) * self.line + v * step, step)])
 
 
 @lru_cache(maxsize=512)
 def integer_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue) -> Any:
-    """left bytes, right panels, operands -> outputs, as a PrimFunc.
+    """left bytes, right panels, `Geometry.extra`, operands -> outputs, as a PrimFunc.
 
     Args:
         isa: the instruction set; its `group` is the panels'.
-        geometry: of the product; the right operand is ``(products or 1, *stored_shape)``: stored weights (4-bit ones
-            are unpacked once for each panel and run of rows), or the panels of an activation.
-        epilogue: operands and outputs have the places that it says.
+        geometry: of the product; the right operand is ``(products or blocks, *stored_shape)``: stored weights (4-bit
+            ones are unpacked once for each panel and run of rows), or the panels of an activation.
+        epilogue: operands and outputs have the places that it says. With blocks its value 0 is the sum over blocks of
+            accumulator times scale, in float32 and in their order.
     """
-    b, panels = ir(), geometry.panels
+    b, panels, blocks = ir(), geometry.panels, geometry.blocks
     count = panels.count
     cuts = cuts_of(geometry.products * count, geometry.rows, isa.rows)
-    stored = (geometry.products, *panels.stored_shape)
     arguments = [
         ("a", geometry.left.shape, "uint8"),
-        ("b", stored, "uint8" if panels.bits == 4 else "int8"),
+        ("b", (geometry.products * blocks, *panels.stored_shape), "uint8" if panels.bits == 4 else "int8"),
+        *geometry.extra,
         *((f"x{i}", place.shape, place.dtype) for i, place in enumerate(epilogue.operands)),
         *((f"o{i}", place.shape, place.dtype) for i, (_, place) in enumerate(epilogue.outputs)),
     ]
+    extra = len(geometry.extra)
     one_matrix = panels.stored_shape[0] * panels.stored_shape[1] * panels.stored_shape[2]
     one_panel = panels.stored_shape[1] * panels.stored_shape[2]
 
-    def body(a: Any, right: Any, *rest_of_them: Any) -> None:
-        operands = rest_of_them[: len(epilogue.operands)]
-        outputs = rest_of_them[len(epilogue.operands) :]
+    def body(a: Any, right: Any, *others: Any) -> None:
+        given = {name: buffer for (name, _, _), buffer in zip(geometry.extra, others[:extra], strict=True)}
+        operands = others[extra : extra + len(epilogue.operands)]
+        outputs = others[extra + len(epilogue.operands) :]
         tile = Tile(isa, geometry)
+        unpacked = tile.runs * tile.line
         with loop(geometry.macs, SERIAL_BELOW)(0, geometry.products * count * cuts) as task:
             product, p, cut = task // (count * cuts), task // cuts % count, task % cuts
             outer, inner = product // geometry.batch[1], product % geometry.batch[1]
-            base = product * one_matrix + p * one_panel
+            base = product * blocks * one_matrix + p * one_panel
+            source, first_code, next_block = right, base, one_matrix
             if panels.bits == 4:
-                panel = tile.unpack(right, base)
+                source, first_code, next_block = b.alloc_buffer((blocks * unpacked,), "int8"), 0, unpacked
+                if blocks == 1:
+                    tile.unpack(right, base, source)
+                else:
+                    with b.serial(0, blocks) as block:
+                        tile.unpack(right, base + block * one_matrix, source, block * unpacked)
 
-                def codes(k: Any, v: int) -> Any:
-                    return panel[ramp(k * tile.line + v * tile.step, tile.step)]
+            def codes_of(block: Any) -> Callable[[Any, int], Any]:
+                begin = first_code + block * next_block
+                return lambda k, v: source[ramp(begin + k * tile.line + v * tile.step, tile.step)]
+
+            start = b.alloc_buffer((blocks * panels.width,), "int32")
+            if blocks == 1:
+                tile.start(codes_of(0), start)
             else:
-
-                def codes(k: Any, v: int) -> Any:
-                    return right[ramp(base + k * tile.line + v * tile.step, tile.step)]
-
-            start = b.alloc_buffer((panels.width,), "int32")
-            tile.start(codes, start)
+                with b.serial(0, blocks) as block:
+                    tile.start(codes_of(block), start, block * panels.width)
             left = place_of(geometry.left, outer, inner, 0, 0)
             out = b.alloc_buffer((isa.rows * panels.width,), "int32")
+            total = b.alloc_buffer((isa.rows * panels.width,), "float32") if blocks > 1 else out
+
+            def accumulate(first: Any, height: int, block: Any) -> None:
+                begin = left + block * panels.k
+                starts = [begin + (first + r) * geometry.left.strides[2] for r in range(height)]
+                at = block * panels.width
+                tile.accumulate(a, starts, lambda v: start[ramp(at + v * isa.lanes, isa.lanes)], codes_of(block), out)
+
+            def corrected(row: Any, r: Any, block: Any, column: Any, at: Any) -> Any:
+                """The accumulator of a column (of the panels), from place `at` of the tile's row `r` on."""
+                value = out[r * panels.width + at]
+                if geometry.factors == "none":
+                    return value
+                sums = given["sums"][(product * blocks + block) * geometry.rows + row]
+                factor: Any = geometry.factor
+                if geometry.factors == "columns":
+                    factor = given["factors"][block * panels.n + column]
+                return value + sums * factor
+
+            def add_block(first: Any, height: int, block: Any) -> None:
+                with b.serial(0, height) as r:
+
+                    def scaled(at: int, lane: Any) -> None:
+                        column = p * panels.width + at + lane
+                        value = corrected(first + r, r, block, column, at + lane).astype("float32")
+                        place = r * panels.width + at + lane
+                        value = total[place] + value * given["scales"][block * panels.n + column]
+                        b.buffer_store(total, value, [place])
+
+                    each_vector(panels, isa.lanes, p, scaled)
 
             def rows(first: Any, height: int) -> None:
-                starts = [left + (first + r) * geometry.left.strides[2] for r in range(height)]
-                tile.accumulate(a, starts, lambda v: start[ramp(v * isa.lanes, isa.lanes)], codes, out)
+                if blocks == 1:
+                    accumulate(first, height, 0)
+                else:
+                    nothing = splat(_zero("float32"), isa.lanes)
+                    for at in range(0, height * panels.width, isa.lanes):
+                        b.buffer_store(total, nothing, [ramp(at, isa.lanes)])
+                    with b.serial(0, blocks) as block:
+                        accumulate(first, height, block)
+                        add_block(first, height, block)
                 with b.serial(0, height) as r:
-                    _finish(isa, geometry, epilogue, operands, outputs, out, (outer, inner, p, first + r), r)
+                    scratch = scratch_of(epilogue, isa.lanes)
+
+                    def finish(at: int, lane: Any) -> None:
+                        column = p * panels.width + at + lane
+                        if blocks == 1:
+                            value = corrected(first + r, r, 0, column, at + lane)
+                        else:
+                            value = total[r * panels.width + at + lane]
+                        store(epilogue, operands, outputs, value, (outer, inner, first + r, column), scratch, lane)
+
+                    each_vector(panels, isa.lanes, p, finish)
 
             each_tile(geometry.rows, isa.rows, cut, cuts, rows)
 
     return prim_func(arguments, body)
 
 
-def _finish(
-    isa: Isa,
-    geometry: Geometry,
-    epilogue: Epilogue,
-    operands: tuple[Any, ...],
-    outputs: tuple[Any, ...],
-    out: Any,
-    at: tuple[Any, Any, Any, Any],
-    r: Any,
-) -> None:
-    """Store row `r` of the tile `out`, whole vectors of it and, in the last panel, what is left of N one by one."""
-    panels, lanes = geometry.panels, isa.lanes
-    outer, inner, p, row = at
-    scratch = scratch_of(epilogue, lanes)
+def _zero(dtype: str) -> Any:
+    from tvm import tirx
 
-    def columns(first: Any, lane: Any) -> None:
-        column = p * panels.width + first + lane
-        store(
-            epilogue,
-            operands,
-            outputs,
-            out[r * panels.width + first + lane],
-            (outer, inner, row, column),
-            scratch,
-            lane,
-        )
+    return tirx.const(0, dtype)
 
-    each_vector(panels, lanes, p, columns)
+
+@lru_cache(maxsize=512)
+def row_sums_kernel(isa: Isa, geometry: Geometry) -> Any:
+    """left bytes -> ``(products, blocks, rows) int32``: sums of ``a - zero`` over K of each block, as a PrimFunc."""
+    from tvm import tirx
+
+    b, k, lanes = ir(), geometry.panels.k, isa.lanes
+    blocks, rows = geometry.blocks, geometry.rows
+    whole = k // lanes
+
+    def body(a: Any, o: Any) -> None:
+        with loop(geometry.products * blocks * rows * k, SERIAL_BELOW)(0, geometry.products * blocks) as task:
+            product, block = task // blocks, task % blocks
+            outer, inner = product // geometry.batch[1], product % geometry.batch[1]
+            left = place_of(geometry.left, outer, inner, 0, 0) + block * k
+            sums = b.alloc_buffer((lanes,), "int32")
+            with b.serial(0, rows) as row:
+                begin = left + row * geometry.left.strides[2]
+                every = ramp(0, lanes)
+                b.buffer_store(sums, splat(_zero("int32"), lanes), [every])
+                if whole:
+                    with b.serial(0, whole) as i:
+                        part = a[ramp(begin + i * lanes, lanes)].astype(f"int32x{lanes}")
+                        b.buffer_store(sums, sums[every] + part, [every])
+                total: Any = tirx.const(-geometry.zero * k, "int32")
+                for lane in range(lanes):
+                    total = total + sums[lane]
+                for rest in range(whole * lanes, k):
+                    total = total + a[begin + rest].astype("int32")
+                b.buffer_store(o, total, [task * rows + row])
+
+    shape = (geometry.products, blocks, rows)
+    return prim_func([("a", geometry.left.shape, "uint8"), ("o", shape, "int32")], body)
 
 
 def each_vector(panels: Panels, lanes: int, p: Any, write: Callable[[int, Any], None]) -> None:

@@ -16,7 +16,8 @@ from ._tvm_attention import panels_kernel, scores_kernel
 from ._tvm_emit import Emitter
 from ._tvm_epilogue import SIGNED_OFFSET, Epilogue, Place, Step
 from ._tvm_fusion import Unit, batch_of, strides_of
-from ._tvm_kernels import Geometry, integer_kernel
+from ._tvm_kernels import Geometry, integer_kernel, row_sums_kernel
+from ._tvm_panels import Panels
 from ._tvm_products import Product
 from ._tvm_rows import layer_norm_kernel
 
@@ -52,6 +53,7 @@ class UnitEmitter:
         self.emitter, self.builder, self.shapes = emitter, emitter.builder, shapes
         self.views: dict[str, View] = {}
         self._panels: dict[tuple[object, ...], Any] = {}
+        self._sums: dict[tuple[object, ...], Any] = {}
 
     def tensor(self, name: str) -> Any:
         """The codes of `views[name]` as a tensor of their own type and shape."""
@@ -86,13 +88,35 @@ class UnitEmitter:
             left, right: tensors of the operands' codes, called where there is no view of them.
         """
         bytes_, place = self._left(product, left)
-        geometry = Geometry(batch_of(product), product.rows, place, product.panels, product.byte_zero)
-        panels = params["packed"] if product.right is None else self._right_panels(product, right)
+        panels, shift = (params["packed"], 0) if product.right is None else self._right_panels(product, right)
+        factor = shift - product.right_zero if product.right is not None else 0
+        factors = "columns" if "correction" in params else "one" if factor else "none"
+        geometry = Geometry(
+            batch_of(product),
+            product.rows,
+            place,
+            product.panels,
+            product.byte_zero,
+            product.blocks,
+            factors,  # type: ignore[arg-type]
+            factor,
+        )
         scale = params["scale"]
         first = Place(_shape(scale), (0, 0, 0, 1))
         operands = (first, *(p for _, p in unit.operands))
-        steps = (Step("Mul", (("value", 0), ("operand", 0))), *unit.steps)
-        given = [scale, *(values[name] for name, _ in unit.operands)]
+        # Blocks are scaled before they are added up: value 0 is scaled already.
+        scaled = (
+            Step("Mul", (("value", 0), ("operand", 0))) if product.blocks == 1 else Step("Identity", (("value", 0),))
+        )
+        steps = (scaled, *unit.steps)
+        extra = {"factors": params.get("correction"), "scales": scale}
+        if factors != "none":
+            extra["sums"] = self._row_sums(product, bytes_, geometry)
+        given = [
+            *(extra[name] for name, _, _ in geometry.extra),
+            scale,
+            *(values[name] for name, _ in unit.operands),
+        ]
         result, number = unit.results[0]
         if unit.kind == "scores":
             self._scores(unit, product, geometry, (operands, steps), [bytes_, panels, *given])
@@ -155,9 +179,32 @@ class UnitEmitter:
 
     # Operands
 
+    def _row_sums(self, product: Product, bytes_: Any, geometry: Geometry) -> Any:
+        """Sums of the left operand's rows; once for all products that read it."""
+        panels = geometry.panels
+        key = (product.left, geometry.left, geometry.zero, panels.k, geometry.blocks)
+        if key not in self._sums:
+            # Only what the sums depend on, so that equal ones are one function.
+            own = Geometry(
+                geometry.batch,
+                geometry.rows,
+                geometry.left,
+                Panels(panels.k, 1, 1, panels.group, 8),
+                geometry.zero,
+                geometry.blocks,
+            )
+            kernel = row_sums_kernel(self.emitter.isa, own)
+            place = Place((geometry.products, geometry.blocks, geometry.rows), (0, 0, 0, 0), "int32")
+            name = f"row_sums_{geometry.products}x{geometry.rows}x{panels.k}"
+            self._sums[key] = self._call(kernel, name, "", [bytes_], [place])[0]
+        return self._sums[key]
+
     def _left(self, product: Product, tensor: Any) -> tuple[Any, Place]:
-        """Bytes of the left operand, and where the rows begin."""
+        """Bytes of the left operand, and where the rows begin; blocks of K lie side by side."""
         view = self.views.get(product.left)
+        if product.blocks > 1:
+            whole = replace(product.panels, k=product.panels.k * product.blocks)
+            product = replace(product, panels=whole, blocks=1, batch=product.batch // product.blocks)
         depth = product.panels.depth
         offset = SIGNED_OFFSET if product.left_signed else 0
         if view is not None and view.offset == offset and view.strides[-1] == 1 and view.padded >= depth:
@@ -185,22 +232,26 @@ class UnitEmitter:
         found = strides_of(places)
         return None if found is None else (found[0], found[1], found[2])
 
-    def _right_panels(self, product: Product, tensor: Any) -> Any:
-        """The right operand of two activations in panels; packed once for all products that read it."""
+    def _right_panels(self, product: Product, tensor: Any) -> tuple[Any, int]:
+        """The right operand of two activations in panels, and what was subtracted from its codes.
+
+        Packed once for all products that read it.
+        """
         view = self.views.get(product.right or "")
         shape = (*product.out_batch, product.panels.k, product.panels.n)
         if view is None or view.shape != shape:
-            return self.emitter.right_panels(product, tensor())
+            return self.emitter.right_panels(product, tensor()), product.right_shift
+        shift = 0 if product.right_signed else 128  # of codes; their bytes become signed by 128 in any case
         strides = (0, 0, *view.strides)[-4:]
         source = Place(_shape(view.buffer), (strides[0], strides[1], strides[2], strides[3]), "uint8")
         key = (product.right, product.panels)
         if key not in self._panels:
-            kernel = panels_kernel(self.emitter.isa, batch_of(product), product.panels, source, view.offset)
+            kernel = panels_kernel(self.emitter.isa, batch_of(product), product.panels, source, 128)
             products = int(np.prod(batch_of(product)))
             place = Place((products, *product.panels.shape), (0, 0, 0, 0), "int8")
             name = f"panels_{products}x{product.panels.k}x{product.panels.n}"
             self._panels[key] = self._call(kernel, name, "", [view.buffer], [place])[0]
-        return self._panels[key]
+        return self._panels[key], shift
 
     # Small steps
 

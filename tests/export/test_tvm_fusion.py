@@ -23,7 +23,7 @@ from s2d_deploy.export._tvm_epilogue import Epilogue, Place, Step  # noqa: E402,
 from s2d_deploy.export._tvm_fusion import find_units, strides_of  # noqa: E402, TID251
 from s2d_deploy.export._tvm_import import _live  # noqa: E402, TID251
 from s2d_deploy.export._tvm_isa import isa_of, required_features, resolve_target  # noqa: E402, TID251
-from s2d_deploy.export._tvm_kernels import Geometry, integer_kernel  # noqa: E402, TID251
+from s2d_deploy.export._tvm_kernels import Geometry, integer_kernel, row_sums_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_panels import Panels, panel_width  # noqa: E402, TID251
 from s2d_deploy.export._tvm_products import lower_product, token_operands  # noqa: E402, TID251
 from s2d_deploy.export._tvm_static import fix_dimensions  # noqa: E402, TID251
@@ -95,6 +95,52 @@ def test_product_bias_gelu_residual_and_quantizer(device: str, m: int, k: int, n
     expected = np.clip(np.rint(x / step) + zero, low, high) + offset
     clear = ~near_a_boundary(x / step)
     np.testing.assert_array_equal(codes[clear], expected[clear])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(
+    st.integers(1, 9), st.integers(1, 4), st.sampled_from([8, 32, 40]), st.integers(1, 70), st.sampled_from([4, 8]),
+    st.sampled_from(["none", "columns", "one"]),
+)  # fmt: skip
+@settings(max_examples=4, deadline=None)
+def test_blocks_of_k_and_zero_points_of_the_right_operand(
+    device: str, m: int, blocks: int, k: int, n: int, bits: int, factors: Any
+) -> None:
+    """sum over blocks of scale * sum_k (a - zero) * (b + factor), the integers exactly, for every instruction set."""
+    target = target_of(device)
+    isa = isa_of(target)
+    rng = np.random.default_rng(m * k * n + blocks)
+    panels = Panels(k, n, panel_width(n, isa.widths), isa.group, bits)
+    a = rng.integers(0, 256, (m, blocks * k)).astype(np.uint8)
+    b = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (blocks, k, n)).astype(np.int8)
+    scales = rng.uniform(1e-4, 1e-3, (blocks, n)).astype(np.float32)
+    factor = 5 if factors == "one" else 0
+    table = rng.integers(-128, 129, (blocks, n)).astype(np.int32)
+    left = Place(a.shape, (0, 0, blocks * k, 0), "uint8")
+    geometry = Geometry((1, 1), m, left, panels, 131, blocks, factors, factor)
+    sums = np.full((1, blocks, m), 9, np.int32)
+    call(row_sums_kernel(isa, geometry), target, a, sums)
+    rows = a.reshape(m, blocks, k).astype(np.int64) - 131
+    np.testing.assert_array_equal(sums[0], rows.sum(2).T)
+    shift = {"none": np.zeros_like(table), "columns": table, "one": np.full_like(table, factor)}[factors]
+    exact = np.einsum("mjk,jkn->jmn", rows, b.astype(np.int64) + shift[:, None])
+    given = {"sums": sums, "factors": table, "scales": scales}
+    extra = [given[name] for name, _, _ in geometry.extra]
+    whole = (0, 0, n, 1)
+    if blocks == 1:
+        out = np.zeros((m, n), np.int32)
+        epilogue = Epilogue(outputs=((-1, Place((m, n), whole, "int32")),))
+        call(integer_kernel(isa, geometry, epilogue), target, a, panels.pack(b), *extra, out)
+        np.testing.assert_array_equal(out, exact[0])
+        return
+    found = np.zeros((m, n), np.float32)
+    epilogue = Epilogue(outputs=((0, Place((m, n), whole)),))
+    call(integer_kernel(isa, geometry, epilogue), target, a, panels.pack(b), *extra, found)
+    expected = np.zeros((m, n), np.float32)
+    for block in range(blocks):
+        expected = expected + exact[block].astype(np.float32) * scales[block]
+    # In this order, but a processor may add and multiply in one rounding.
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * float(np.abs(exact).max() * scales.max()))
 
 
 @pytest.mark.parametrize("device", DEVICES[:2])
@@ -192,17 +238,35 @@ def test_places_that_no_strides_describe() -> None:
 # Which nodes become one kernel
 
 
-def block(tokens: int = 5, width: int = 16, heads: int = 2, *, also: str = "") -> onnx.ModelProto:
-    """LayerNorm, attention with mask, residual, in the common form. `also`: a value that is an output, too."""
+def block(
+    tokens: int = 5, width: int = 16, heads: int = 2, *, also: str = "", zeros: bool = False, blocks: int = 1
+) -> onnx.ModelProto:
+    """LayerNorm, attention with mask, residual, in the common form.
+
+    Args:
+        tokens, width, heads: sizes.
+        also: a value that is an output, too.
+        zeros: all grids have zero points, and activations are unsigned.
+        blocks: of K with a scale of their own.
+    """
     rng = np.random.default_rng(0)
     g, head = Common("w4a4", x=(tokens, width)), width // heads
     vector = [g.constant(n, rng.standard_normal(width).astype(np.float32)) for n in ("gamma", "beta")]
     normal = g.add("LayerNormalization", ["x", *vector], "normal", epsilon=1e-5)
-    value = g.activation(normal, "in", "INT4", 0.3)
+
+    def quantized(source: str, site: str, scale: float) -> str:
+        return (
+            g.activation(source, site, "UINT8", scale / 8, 117) if zeros else g.activation(source, site, "INT4", scale)
+        )
+
+    value = quantized(normal, "in", 0.3)
 
     def linear(source: str, name: str) -> str:
         codes = rng.integers(-7, 8, (width, width))
-        weight = g.weight(f"{name}.weight", "INT4", codes, rng.uniform(0.05, 0.1, width), axis=1)
+        shape = (width,) if blocks == 1 else (blocks, width)
+        more = {"axis": 1} if blocks == 1 else {"axis": 0, "block_size": width // blocks}
+        points = rng.integers(-3, 4, shape) if zeros else None
+        weight = g.weight(f"{name}.weight", "INT4", codes, rng.uniform(0.05, 0.1, shape), points, **more)
         product = g.op("MatMul", name, [source, weight], "W4A4", tokens * width * width)
         bias = g.constant(f"{name}.bias", rng.standard_normal(width).astype(np.float32))
         return g.add("Add", [product, bias], f"{name}.sum")
@@ -212,7 +276,7 @@ def block(tokens: int = 5, width: int = 16, heads: int = 2, *, also: str = "") -
 
     def heads_of(name: str, perm: list[int]) -> str:
         parts = g.add("Reshape", [linear(value, name), split], f"{name}.parts")
-        return g.activation(g.add("Transpose", [parts], f"{name}.heads", perm=perm), f"{name}.out", "INT4", 0.4)
+        return quantized(g.add("Transpose", [parts], f"{name}.heads", perm=perm), f"{name}.out", 0.4)
 
     q, k, v = heads_of("q", [0, 2, 1, 3]), heads_of("k", [0, 2, 3, 1]), heads_of("v", [0, 2, 1, 3])
     scores = g.op("MatMul", "scores", [q, k], "W4A4", tokens * tokens * width)
@@ -223,7 +287,7 @@ def block(tokens: int = 5, width: int = 16, heads: int = 2, *, also: str = "") -
         "MatMul", "mix", [g.activation(probs, "probs.out", "UINT4", 1 / 15), v], "W4A4", tokens * tokens * width
     )
     together = g.add("Reshape", [g.add("Transpose", [mixed], "rows", perm=[0, 2, 1, 3]), joined], "together")
-    out = linear(g.activation(together, "o.in", "INT4", 0.2), "o")
+    out = linear(quantized(together, "o.in", 0.2), "o")
     g.add("Add", [out, "x"], "y")
     return g.model("y", *([also] if also else []))
 
@@ -238,9 +302,9 @@ def units(model: onnx.ModelProto, batch: int = 1) -> dict[str, list[str]]:
     return {unit.node.name: [n.op_type for n in unit.nodes] for unit in found}
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_block_is_seven_kernels(batch: int) -> None:
-    found = units(block(), batch)
+@pytest.mark.parametrize(("batch", "zeros", "blocks"), [(1, False, 1), (3, False, 1), (1, True, 1), (2, True, 2)])
+def test_a_block_is_seven_kernels(batch: int, zeros: bool, blocks: int) -> None:
+    found = units(block(zeros=zeros, blocks=blocks), batch)
     moved = ["Reshape", "Transpose", "QuantizeLinear"]
     assert found == {
         "normal": ["LayerNormalization", "QuantizeLinear"],
@@ -298,13 +362,15 @@ def fused_and_not(
     return results
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "zeros", "blocks"), [(1, False, 1), (3, False, 1), (3, True, 1), (1, False, 2), (2, True, 2)]
+)
 def test_fused_kernels_compute_what_single_operators_do(
-    batch: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    batch: int, zeros: bool, blocks: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Codes at every site and the output, with and without fusion."""
     model = tmp_path / "model.onnx"
-    onnx.save(block(), model)
+    onnx.save(block(zeros=zeros, blocks=blocks), model)
     x = np.random.default_rng(1).standard_normal((batch, 5, 16)).astype(np.float32)
     (codes, y), (plain_codes, plain_y) = fused_and_not(model, {"x": x}, "y", monkeypatch)
     assert set(codes) == {"in", "q.out", "k.out", "v.out", "probs.out", "o.in"}
