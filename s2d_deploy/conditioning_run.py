@@ -19,16 +19,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from s2d_deploy.cache_keys import weights_sha256
 from s2d_deploy.calibrate import calibrate
 from s2d_deploy.conditioning_view import points, statement, write_outcome_plots
 from s2d_deploy.console import Step
 from s2d_deploy.data import Dataset
 from s2d_deploy.errors import DataError, message
 from s2d_deploy.evaluate import score
+from s2d_deploy.files import digest
 from s2d_deploy.inserted_layers import INSERTED_FILE
 from s2d_deploy.models import LoadedModel
 from s2d_deploy.paired import paired_drop
-from s2d_deploy.pipeline import Pipeline, weights_sha256
+from s2d_deploy.pipeline import Pipeline
 from s2d_deploy.precision import BASELINE, parse_precision
 from s2d_deploy.session import Array
 from s2d_deploy.store import Stage, read_json, write_json
@@ -96,7 +98,9 @@ class Side(Pipeline):
     def condition(self) -> Stage:
         """Nothing to do: later stages depend on the weights alone."""
         files = [{"name": "weights", "sha256": weights_sha256(self.model.module)}]
-        return Stage(self._name, self.store.root, {"files": files, "info": {}}, True, "")
+        key = self._full_key("condition", {"model": self._model_key(self.model), "weights": files[0]["sha256"]})
+        manifest = {"key_sha256": digest(key), "files": files, "info": {}}
+        return Stage(self._name, self.store.root, manifest, True, "")
 
     def calibrate(self) -> Stage:
         """The ranges of this one model."""
@@ -106,7 +110,15 @@ class Side(Pipeline):
             calibrate(self.model.module, self.ops, batches, step).save(folder / "calibration.safetensors")
             return {"samples": self.data.calibration.size}
 
-        return self._stage("calibrate", {"model": self.condition().sha256, "data": self.data.fingerprint}, work)
+        return self._stage(
+            "calibrate",
+            {
+                "model": self.condition().identity,
+                "data": self.data.fingerprint,
+                "batch_size": self.recipe.data.batch_size,
+            },
+            work,
+        )
 
     def _stage(self, name: str, key: dict[str, Any], work: Any) -> Stage:
         return super()._stage(f"{self._name}/{name}", key, work)
@@ -145,9 +157,9 @@ def condition_and_judge(pipeline: Pipeline) -> dict[str, Any]:
         return {}
 
     key = {
-        "condition": conditioned.sha256,
-        "diagnosis": [first.sha256, last.sha256],
-        "quantized": {p: [stage.sha256 for stage in stages] for p, stages in quantized.items()},
+        "condition": conditioned.identity,
+        "diagnosis": [first.identity, last.identity],
+        "quantized": {p: [stage.identity for stage in stages] for p, stages in quantized.items()},
         "section": pipeline.recipe.condition.model_dump(mode="json"),
     }
     stage = pipeline._stage("outcome", key, work)

@@ -6,7 +6,6 @@ where there are some, lie beside it. Everything is read lazily, a batch at a tim
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from s2d_deploy.cache_keys import content_sha256, tokenizer_sha256
 from s2d_deploy.errors import DataError, message
 from s2d_deploy.pixels import image_statistics, read_images
 
@@ -78,7 +78,7 @@ class Dataset:
 
     Attributes:
         train, calibration, test: the splits; calibration samples come from the training split.
-        fingerprint: identifies the data: kind, sizes, and a digest of names and sizes or of the values.
+        fingerprint: identifies the data: kind, sizes, how they are read, and a digest of names and bytes.
         max_sequence: padded length of text, else None.
     """
 
@@ -221,10 +221,12 @@ def _images(section: DataSection, image_size: int | None, channels: int, source:
         )
 
     facts = {
-        "files": _digest_files([*train[0], *test[0]], root),
+        "files": content_sha256([*train[0], *test[0]], root),
         "mean": mean.flatten().tolist(),
         "std": std.flatten().tolist(),
         "size": image_size,
+        "channels": channels,
+        "labels": section.labels,
     }
     return samples(*train), samples(*test), facts, None
 
@@ -317,8 +319,8 @@ def _text(section: DataSection, _size: int | None, _channels: int, source: str |
 
     kept, held = _held_out(len(lines), section.seed)
     facts = {
-        "files": _digest_files(files, root if root.is_dir() else root.parent),
-        "tokenizer": section.tokenizer or source,
+        "files": content_sha256(files, root if root.is_dir() else root.parent),
+        "tokenizer": tokenizer_sha256(tokenizer),
         "max_length": section.max_length,
     }
     return samples([lines[i] for i in kept]), samples([lines[i] for i in held]), facts, section.max_length
@@ -394,7 +396,7 @@ def _npz(section: DataSection, _size: int | None, _channels: int, _source: str |
         raise DataError(
             message(f"{path}: train and test have different inputs", expected=f"{inputs[0]}", found=f"{inputs[1]}")
         )
-    return splits[0], splits[1], {"files": _digest_files([path], path.parent)}, None
+    return splits[0], splits[1], {"files": content_sha256([path], path.parent)}, None
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
@@ -411,12 +413,3 @@ def _existing(section: DataSection) -> Path:
     if section.kind == "images" and not path.is_dir():
         raise DataError(message(f"data.path {section.path!r}", expected="a folder of images", found="a file"))
     return path
-
-
-def _digest_files(files: Sequence[Path], root: Path) -> str:
-    """sha256 over names, sizes and modification times: cheap for 60,000 images, and another set never matches."""
-    h = hashlib.sha256()
-    for path in files:
-        stat = path.stat()
-        h.update(f"{path.relative_to(root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return h.hexdigest()

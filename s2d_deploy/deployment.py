@@ -148,7 +148,7 @@ class Deployment:
 
         key = {
             "export": self.export(precision).sha256,
-            "quantize": pipeline.quantize(precision).sha256,
+            "quantize": pipeline.quantize(precision).identity,
             "verify": recipe.verify.model_dump(),
             "threads": recipe.bench.threads,
             "runtime": self.runtime.version(),
@@ -181,6 +181,7 @@ class Deployment:
 
         key = {
             "exports": {p: self.export(p).sha256 for p in precisions},
+            "data": pipeline.data.fingerprint,
             "bench": section.model_dump(),
             "runtime": self.runtime.version(),
             "device": self.runtime.device(),

@@ -132,20 +132,24 @@ def save_companions(source: str | None, folder: Path) -> None:
 
     Of a hub id, what was downloaded for this run: the tokenizer of text, the processor of images.
     """
+    for name, path in companion_files(source).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, folder / name)
+
+
+def companion_files(source: str | None) -> dict[str, Path]:
+    """What `save_companions` copies: path by name."""
     if source is None:
-        return
+        return {}
     home = Path(source).expanduser()
     if not home.is_dir():
         from transformers.utils.hub import cached_file
 
         config = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False)
         if config is None:
-            return
+            return {}
         home = Path(config).parent
-    for name in COMPANIONS:
-        if (home / name).is_file():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(home / name, folder / name)
+    return {name: home / name for name in COMPANIONS if (home / name).is_file()}
 
 
 def load_state(module: nn.Module, path: Path) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from s2d_deploy import __version__
+from s2d_deploy.cache_keys import code_sha256, library_versions, model_key, weights_sha256
 from s2d_deploy.calibrate import Calibration, calibrate
 from s2d_deploy.condition import ConditioningResult, condition
 from s2d_deploy.console import Display, Step
@@ -36,8 +36,7 @@ from s2d_deploy.errors import DataError, RecipeError, message
 from s2d_deploy.evaluate import Score, outputs, score, torch_run
 from s2d_deploy.files import digest
 from s2d_deploy.follow import tell
-from s2d_deploy.host import versions
-from s2d_deploy.models import LoadedModel, load_model, save_checkpoint, save_companions
+from s2d_deploy.models import LoadedModel, companion_files, load_model, save_checkpoint, save_companions
 from s2d_deploy.observers import Histogram
 from s2d_deploy.one_shot_stage import condition_one_shot
 from s2d_deploy.plan import Op, Plan
@@ -57,6 +56,12 @@ from s2d_deploy.train import train
 _OUTPUTS = "outputs.npz"
 _TRAINING = "training"  # checkpoints of a conditioning that has not ended
 _SAVED_EVERY = 50
+# Stages that neither exporters nor runtimes take part in.
+_MODEL_STAGES = frozenset(
+    {"train", "diagnose", "condition", "calibrate", "quantize", "errors", "activations", "outcome"}
+)
+# Read while this module is imported, which is when the code that runs was read.
+_CODE = {deploying: code_sha256(deploying=deploying) for deploying in (False, True)}
 
 
 class Pipeline:
@@ -96,6 +101,14 @@ class Pipeline:
     @cached_property
     def _untrained(self) -> LoadedModel:
         return load_model(self.recipe.model, seed=self.recipe.train.seed if self.recipe.train else 0)
+
+    @cached_property
+    def _untrained_weights(self) -> str:
+        return weights_sha256(self._untrained.module)
+
+    def _model_key(self, model: LoadedModel) -> dict[str, Any]:
+        """What `model` computes, its weights apart. The class of layers that conditioning inserted is part of it."""
+        return model_key(self.recipe.model, model.module, model.output, companion_files(model.source))
 
     @cached_property
     def original(self) -> LoadedModel:
@@ -178,7 +191,12 @@ class Pipeline:
             save_checkpoint(model.module, folder)
             return {"losses": losses}
 
-        key = {"model": _dump(self.recipe.model), "train": _dump(section), "data": self.data.fingerprint}
+        key = {
+            "model": self._model_key(self._untrained),
+            "weights": self._untrained_weights,
+            "train": _dump(section),
+            "data": self.data.fingerprint,
+        }
         return self._stage("train", key, work)
 
     def diagnose(self) -> Stage:
@@ -200,8 +218,8 @@ class Pipeline:
             return {"layers": len(found.layers), "flagged": flagged, "helps": found.forecast.helps}
 
         key = {
+            "model": self._model_key(self.original),
             "weights": weights_sha256(self.original.module),
-            "output": self.original.output,
             "k_max": section.k_max,
             "tau": section.tau,
             "data": self.data.fingerprint,
@@ -240,9 +258,10 @@ class Pipeline:
             return {"method": result.method, "findings": result.findings, "seconds": seconds}
 
         key = {
-            "model": _dump(self.recipe.model),
+            "model": self._model_key(self.original),
             "weights": weights_sha256(self.original.module),
             "condition": _dump(section),
+            "batch_size": self.recipe.data.batch_size,
             "quantize": _quantize_key(self.recipe.quantize, section.qat) if section.qat else None,
             "data": self.data.fingerprint,
         }
@@ -287,8 +306,6 @@ class Pipeline:
         read = {"method", "one_shot", "shrink_factor", "tau", "k_max"}
         return {
             "condition": {k: v for k, v in _dump(self.recipe.condition).items() if k in read},
-            "output": self.original.output,
-            "batch_size": self.recipe.data.batch_size,
             "quantize": asdict(self._quantize_config()),
             "precisions": list(self.recipe.quantize.precisions),
             "test": self.recipe.data.test_samples,
@@ -405,8 +422,9 @@ class Pipeline:
             return {"samples": self.data.calibration.size}
 
         key = {
-            "condition": self.condition().sha256,
+            "condition": self.condition().identity,
             "data": self.data.fingerprint,
+            "batch_size": self.recipe.data.batch_size,
             "before": weights_sha256(self.original.module),
         }
         return self._stage("calibrate", key, work)
@@ -456,12 +474,12 @@ class Pipeline:
             return {"metric": result.name, "value": result.value, "n": len(output), "plan_sha256": plan.digest()}
 
         key = {
-            "condition": self.condition().sha256,
-            "calibrate": self.calibrate().sha256 if precision != BASELINE else None,
+            "condition": self.condition().identity,
+            "calibrate": self.calibrate().identity if precision != BASELINE else None,
             "quantize": _quantize_key(section, precision) if precision != BASELINE else None,
             "precision": precision,
-            "test": self.recipe.data.test_samples,
             "data": self.data.fingerprint,
+            "batch_size": self.recipe.data.batch_size,
         }
         return self._stage(f"quantize/{precision}", key, work)
 
@@ -484,7 +502,9 @@ class Pipeline:
             )
             return {"output_error": found.output_error}
 
-        return self._stage(f"errors/{precision}", {"quantize": self.quantize(precision).sha256, "samples": count}, work)
+        return self._stage(
+            f"errors/{precision}", {"quantize": self.quantize(precision).identity, "samples": count}, work
+        )
 
     def error_analyses(self) -> list[dict[str, Any]]:
         """The error analysis of every precision but the baseline's; empty where the recipe asks for none."""
@@ -513,9 +533,16 @@ class Pipeline:
                 calibrate(module, ops, batches(), step, padding).save(folder / "calibration.safetensors")
                 return {"samples": self.data.calibration.size}
 
-            key = {"weights": digest, "ops": sorted(ops), "data": self.data.fingerprint, "padding": padding}
+            key = {
+                "weights": digest,
+                "model": self._model_key(self.model),
+                "ops": sorted(ops),
+                "data": self.data.fingerprint,
+                "batch_size": self.recipe.data.batch_size,
+                "padding": padding,
+            }
             name = f"activations/{digest[:16]}" + ("-real" if padding == "leave_out" else "")
-            kept = self.store.run(name, self._full_key(key), work)
+            kept = self.store.run(name, self._full_key(name, key), work)
             return Calibration.load(kept.folder / "calibration.safetensors")
 
         section, learned = self.recipe.condition, None
@@ -551,17 +578,18 @@ class Pipeline:
             )
             return {"inputs": {n: [str(t.dtype).removeprefix("torch."), list(t.shape[1:])] for n, t in sample.items()}}
 
-        return self._stage(f"onnx/{precision}", {"quantize": self.quantize(precision).sha256}, work)
+        return self._stage(f"onnx/{precision}", {"quantize": self.quantize(precision).identity}, work)
 
     @staticmethod
-    def _full_key(key: dict[str, Any]) -> dict[str, Any]:
-        return key | {"version": __version__, "torch": torch.__version__, "packages": _relevant_versions()}
+    def _full_key(name: str, key: dict[str, Any]) -> dict[str, Any]:
+        code = _CODE[_MODEL_STAGES.isdisjoint(name.split("/"))]
+        return key | {"code": code, "versions": library_versions()}
 
     def _stage(self, name: str, key: dict[str, Any], work: Any) -> Stage:
         """Run a stage once in this process, through the store, with its line on the display."""
         if name not in self._stages:
             with self.display.step(name) as step:
-                stage = self.store.run(name, self._full_key(key), lambda folder: work(folder, step))
+                stage = self.store.run(name, self._full_key(name, key), lambda folder: work(folder, step))
                 if stage.cached:
                     step.note = "already done"
             self._stages[name] = stage
@@ -595,19 +623,6 @@ def _require_fit(model: LoadedModel, batch: Batch) -> None:
         )
 
 
-def weights_sha256(module: nn.Module) -> str:
-    """Digest of names and values of all weights: two models never share a stage."""
-    h = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        h.update(f"{name}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        h.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            if tensor.dim()
-            else str(tensor.item()).encode()
-        )
-    return h.hexdigest()
-
-
 def _dump(section: Any) -> dict[str, Any]:
     document: dict[str, Any] = section.model_dump(mode="json")
     return document
@@ -637,8 +652,3 @@ def file_digest(path: str) -> str | None:
 
 def _spread(h: Histogram) -> dict[str, float]:
     return {"absmax": h.absmax, "p999": h.percentile(99.9), "std": h.std, "kurtosis": h.kurtosis}
-
-
-def _relevant_versions() -> dict[str, str | None]:
-    found = versions()
-    return {name: found.get(name) for name in ("transformers", "onnx", "onnxscript")}

@@ -105,6 +105,15 @@ class Stage:
         """Digest of what the stage holds (names and bytes): the part of a later stage's key that depends on it."""
         return digest(self.manifest["files"])
 
+    @property
+    def identity(self) -> str:
+        """Digest of what it was made from and of what it holds.
+
+        What a stage reads may go beyond the files of the one before (labels, a model's config): a key that holds the
+        identity of that stage holds whatever its key held, and so on to the first.
+        """
+        return digest({"key": self.manifest["key_sha256"], "files": self.manifest["files"]})
+
 
 class RunFolder:
     """One output folder, locked for one process. Use it as a context manager.

@@ -280,11 +280,18 @@ def test_fingerprints_tell_data_apart(folder: Path) -> None:
         assert load("images", folder, **fields).fingerprint != first  # type: ignore[arg-type]
     file = folder / "train" / "cat" / "0.png"
     stat = file.stat()
-    file.touch()
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert load("images", folder).fingerprint != first
+    assert load("images", folder).fingerprint == first  # a copy, or a fresh checkout, is the same data
+    moved = folder.rename(folder.with_name("moved"))
+    assert load("images", moved).fingerprint == first
+    moved.rename(folder)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert load("images", folder).fingerprint != first  # equal name, size and time, another byte
+    file.write_bytes(content)
     assert load("images", folder).fingerprint == first
+    assert load("images", folder, labels=False).fingerprint != first
     file.rename(folder / "train" / "cat" / "9.png")
     assert load("images", folder).fingerprint != first
 

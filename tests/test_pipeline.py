@@ -10,10 +10,11 @@ import torch
 from command_line import TINY, Finished, contents, stages
 from torch import nn
 
+from s2d_deploy.cache_keys import weights_sha256
 from s2d_deploy.console import Display
 from s2d_deploy.errors import DataError, RecipeError
 from s2d_deploy.models import load_model
-from s2d_deploy.pipeline import Pipeline, _quantize_key, weights_sha256
+from s2d_deploy.pipeline import Pipeline, _quantize_key
 from s2d_deploy.recipe import QuantizeSection, Recipe, parse_recipe
 from s2d_deploy.store import RunFolder, read_json
 
