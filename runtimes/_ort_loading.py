@@ -9,9 +9,10 @@ from typing import Any
 
 import onnx
 
-from s2d_deploy.errors import ArtifactError, DeviceUnavailable, message
+from s2d_deploy.errors import ArtifactError, message
 
 from ._cpu_features import byte_dot_product
+from ._ort_providers import asked_for, check_loaded, configure, refusal
 
 _FATAL_ONLY = (
     4  # onnxruntime's log severity: what it logs as an error it raises as well, and ours is the message to read
@@ -41,22 +42,12 @@ def new_session(model: Path | bytes, info: Mapping[str, Any], threads: int, opti
 
     Raises:
         ArtifactError: onnxruntime cannot load the model; the message carries its reason.
-        DeviceUnavailable: a provider is not in this build of onnxruntime.
+        DeviceUnavailable: a provider is not in this build of onnxruntime, does not load, or does not run all of the model.
     """
     import onnxruntime
 
-    providers = info.get("providers") or ["CPUExecutionProvider"]
-    providers = [p if isinstance(p, str) else (p[0], dict(p[1])) for p in providers]
-    present = onnxruntime.get_available_providers()
-    missing = [name for name in (p if isinstance(p, str) else p[0] for p in providers) if name not in present]
-    if missing:
-        raise DeviceUnavailable(
-            message(
-                f"onnxruntime {onnxruntime.__version__} has no provider {', '.join(missing)} here",
-                expected=f"one of {', '.join(present)}",
-                fix="install the onnxruntime build that brings it, or choose another provider",
-            )
-        )
+    wanted = asked_for(info)
+    names = [name for name, _ in wanted]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -78,11 +69,13 @@ def new_session(model: Path | bytes, info: Mapping[str, Any], threads: int, opti
         key = "session.optimized_model_external_initializers"
         options.add_session_config_entry(f"{key}_file_name", f"{optimized.name}.data")
         options.add_session_config_entry(f"{key}_min_size_in_bytes", "1024")
+    providers = configure(options, wanted)
+    source = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime.InferenceSession(
-            model if isinstance(model, bytes) else str(model), options, providers=providers
-        )
+        session = onnxruntime.InferenceSession(source, options, providers=providers or None, enable_fallback=0)
     except Exception as error:  # its exceptions share no base class
+        if (unavailable := refusal(error, names)) is not None:
+            raise unavailable from error
         where = "the model" if isinstance(model, bytes) else str(model)
         raise ArtifactError(
             message(
@@ -91,6 +84,8 @@ def new_session(model: Path | bytes, info: Mapping[str, Any], threads: int, opti
                 fix="build the artifact again",
             )
         ) from error
+    check_loaded(session, names)
+    return session
 
 
 def session_of(model: onnx.ModelProto, info: Mapping[str, Any], threads: int) -> Any:

@@ -11,6 +11,7 @@ What is evidence of what:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import TracebackType
@@ -28,6 +29,7 @@ from ._cpu_features import byte_dot_product
 from ._ort_audit import audit_graph
 from ._ort_forced import ForcedOps
 from ._ort_loading import SHIFT, STORAGE, new_session, session_of
+from ._ort_providers import asked_for, inventory, short_name
 
 _RUNGS: dict[str, Rung] = {
     "fp32": "float",
@@ -162,6 +164,19 @@ class OrtRuntime:
     def device(self) -> str:
         """The CPU with its byte dot product; a session uses as many threads as `open` is given."""
         return f"cpu: {byte_dot_product() or 'no byte dot product'}"
+
+    def device_for(self, options: Mapping[str, Any]) -> str:
+        """What an artifact with these options runs on: the providers in their order, the CPU with its byte dot product."""
+        names = [short_name(name) for name, _ in asked_for(options)]
+        return self.device() if names == ["cpu"] else ", then ".join(self.device() if n == "cpu" else n for n in names)
+
+    def details(self) -> list[str]:
+        """Lines for `doctor`: the execution providers that this onnxruntime has, and those that it lacks."""
+        found = inventory()
+        return [
+            f"providers: {', '.join(found['here'])}",
+            f"not in this build: {', '.join(found['missing'])}",
+        ]
 
     def rung(self, precision: str) -> Rung | None:
         """W8A8 is native; 4-bit codes are multiplied exactly by 8-bit units."""
