@@ -37,8 +37,8 @@ def examine() -> dict[str, Any]:
     Returns:
         host: see `host.host_facts`; versions: see `host.versions`;
         runtimes: for each ``{name, available, reason, version, device, details, rungs, install, problems}``, where
-        `rungs` maps each precision to its rung or None, `details` is what the adapter says beyond that (ONNX Runtime:
-        its execution providers), `install` is a pip line where the package is missing, and `problems` lists what an
+        `rungs` maps each precision to its rung or None, `details`, where the adapter
+        has any, are further lines (ONNX Runtime: its execution providers), `install` is a pip line where the package is missing, and `problems` lists what an
         adapter failed to answer;
         optional: for each ``{name, version, purpose, install}``.
     """
@@ -68,7 +68,6 @@ def examine_runtime(name: str) -> dict[str, Any]:
         "reason": None,
         "version": None,
         "device": None,
-        "details": [],
         "rungs": dict.fromkeys(PRECISIONS),
         "install": None,
         "problems": problems,
@@ -80,7 +79,7 @@ def examine_runtime(name: str) -> dict[str, Any]:
         entry["device"] = ask("device", runtime.device) or None
         entry["rungs"] = {p: ask(f"rung({p})", partial(runtime.rung, p)) for p in PRECISIONS}
         if entry["reason"] is None and callable(details := getattr(runtime, "details", None)):
-            entry["details"] = ask("details", details) or []
+            entry["details"] = ask("details", details) or []  # only where an adapter has some
     if problems:
         entry["reason"] = entry["reason"] or f"the adapter is broken: {problems[0]}"
     entry["available"] = entry["reason"] is None
@@ -136,7 +135,7 @@ def _runtimes(report: dict[str, Any]) -> RenderableType:
     below = []
     for entry in report["runtimes"]:
         rungs = [Text(entry["rungs"][p] or "-") for p in PRECISIONS]
-        lines = [entry["device"] or "", *entry["details"]] if entry["available"] else [entry["reason"] or ""]
+        lines = [entry["device"] or "", *entry.get("details", [])] if entry["available"] else [entry["reason"] or ""]
         if entry["install"] and entry["install"] not in lines[0]:
             lines.append(entry["install"])
         lines += [problem for problem in entry["problems"] if problem not in lines[0]]
