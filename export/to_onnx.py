@@ -36,6 +36,8 @@ from s2d_deploy.grid import Grid, PerAxis, PerToken
 from s2d_deploy.plan import Plan, Site
 from s2d_deploy.simulation import simulate
 
+from . import _onnx_fp4
+
 logger = logging.getLogger(__name__)
 
 OPSET = 21
@@ -86,10 +88,11 @@ def export_onnx(
 
     Raises:
         ModelError: torch cannot export the model; the message carries torch's own reason.
-        UnsupportedError: sites on grids that are not uniform integers; every one is named.
+        UnsupportedError: sites on grids that are neither uniform integers nor NVFP4; every one is named.
     """
-    _require_integers(plan)
+    _require_stored_types(plan)
     module = simulate(model, plan).eval()
+    _onnx_fp4.put_placeholders(module)
     dims = _dynamic_shapes(sample, dynamic or {})
     program = _trace(_Forward(module, tuple(sample), outputs).eval(), sample, outputs, dims)
     graph_model = program.model
@@ -115,11 +118,11 @@ def export_onnx(
     return inferred
 
 
-def _require_integers(plan: Plan) -> None:
-    """The common file holds Q/DQ on INT4 to UINT8 codes; no grid is replaced by its nearest."""
+def _require_stored_types(plan: Plan) -> None:
+    """The common file holds Q/DQ on INT4 to UINT8 codes and on NVFP4; no grid is replaced by its nearest."""
     other: dict[str, list[str]] = {}
     for site in plan.sites.values():
-        if not site.grid.integer:
+        if not site.grid.integer and site.grid.name != _onnx_fp4.NAME:
             other.setdefault(site.grid.name, []).append(site.name)
     if other:
         found = "; ".join(
@@ -128,8 +131,8 @@ def _require_integers(plan: Plan) -> None:
         )
         raise UnsupportedError(
             message(
-                "the common ONNX file holds uniform integer codes only",
-                expected="int and uint grids",
+                "the common ONNX file holds uniform integer codes and NVFP4 only",
+                expected="int, uint and nvfp4 grids",
                 found=found,
                 fix="simulate only, or use a wN aM precision and `softmax: uniform` (ptq4vit: `twin: false`)",
             )
@@ -254,6 +257,9 @@ def _bring_into_common_form(model: ir.Model, plan: Plan) -> None:
     _clip_channels(graph, plan)
     _type_zero_points(graph)
     _share_equal_quantizers(graph)
+    if _onnx_fp4.used(plan):
+        _quantize_to_fp4(graph, plan)
+        _onnx_fp4.declare(model)
     _drop_unused(graph)
     _name(graph, plan)
     graph.sort()
@@ -338,11 +344,27 @@ def _store_weight_codes(graph: ir.Graph, plan: Plan) -> None:
             codes, scale, zero_point = codes.T, scale.T, zero_point.T
             axis = None if axis is None else 1 - (axis % 2)
             target = consumers[0]
-        dequantize = _dequantize_codes(graph, node, site, codes, scale, zero_point, axis)
-        _replace(graph, target, [dequantize], dequantize.outputs[0])
+        if site.grid.name == _onnx_fp4.NAME:
+            made = _onnx_fp4.weight_nodes(graph, site, codes, scale, axis)
+            made[-1].metadata_props.update(node.metadata_props)
+        else:
+            made = [_dequantize_codes(graph, node, site, codes, scale, zero_point, axis)]
+        dequantize = made[-1]
+        _replace(graph, target, made, dequantize.outputs[0])
         for extra in consumers[1:] if target is not node else []:
             ir.convenience.replace_all_uses_with(extra.outputs[0], dequantize.outputs[0])
             graph.remove(extra, safe=True)
+
+
+def _quantize_to_fp4(graph: ir.Graph, plan: Plan) -> None:
+    """NVFP4 activations in the place of the placeholders that torch exported."""
+    for node in list(graph):
+        site = plan.sites.get(_owner(node).removesuffix("_quantizer")) if node.op_type == "QuantizeLinear" else None
+        if site is None or site.grid.name != _onnx_fp4.NAME:
+            continue
+        for reader in [c for c in node.outputs[0].consumers() if c.op_type == "DequantizeLinear"]:
+            made = _onnx_fp4.activation_nodes(graph, site, node.inputs[0])
+            _replace(graph, reader, made, made[-1].outputs[0])
 
 
 def _weight_behind(dequantize: ir.Node) -> np.ndarray[Any, Any]:
@@ -477,7 +499,7 @@ def _name_sites(graph: ir.Graph, plan: Plan) -> None:
                 sites.setdefault(part, []).append(site)
     for node, names in sites.items():
         node.metadata_props["s2d.site"] = ",".join(names)
-        node.name = f"{names[0]}.{'quantize' if node.op_type == 'QuantizeLinear' else 'dequantize'}"
+        node.name = f"{names[0]}.{'dequantize' if node.op_type == 'DequantizeLinear' else 'quantize'}"
     # An op that none of the exported outputs needs is not in the graph, and its sites with it.
     present = {node.metadata_props.get("s2d.op") for node in graph}
     lost = {s.name for s in plan.sites.values() if s.op in present}.difference(*sites.values())

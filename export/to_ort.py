@@ -26,7 +26,7 @@ import onnx
 from onnx import numpy_helper
 
 from s2d_deploy.errors import ArtifactError, PlanError, RecipeError, RuntimeUnavailable, S2DDeployError, message
-from s2d_deploy.qgraph import initializers, load_model, metadata
+from s2d_deploy.qgraph import initializers, load_model, metadata, require_integer_codes
 from s2d_deploy.registry import load_runtime
 from s2d_deploy.session import Artifact, Audit, Progress
 
@@ -65,6 +65,7 @@ class OrtTarget:
                 message(f"{model}: the dialect would overwrite the common file", fix="choose another output folder")
             )
         common = _checked(model, precision)
+        require_integer_codes(common, "onnxruntime")
         _check_scales(model, common)
         rewritten = to_integer_kernels(common)
         folder.mkdir(parents=True, exist_ok=True)

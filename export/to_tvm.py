@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from s2d_deploy.errors import RecipeError, S2DDeployError, UnsupportedError, message
-from s2d_deploy.qgraph import initializers, load_model, metadata
+from s2d_deploy.qgraph import initializers, load_model, metadata, require_integer_codes
 from s2d_deploy.runtimes._tvm_artifact import DESCRIPTION, PARAMETERS, write_description
 from s2d_deploy.session import Artifact, Progress
 
@@ -60,6 +60,7 @@ class TvmTarget:
             UnsupportedError: a quantizer with scales that are neither stored nor per token; every one is named.
         """
         proto = load_model(model)
+        require_integer_codes(proto, "TVM")
         stored = initializers(proto)
         offenders = [
             node.name

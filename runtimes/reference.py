@@ -265,8 +265,8 @@ class ReferenceRuntime:
             parsed = parse_precision(precision)
         except RecipeError:
             return None
-        if parsed.format != "int":  # simulated only; no exporter writes it
-            return None
+        if parsed.format != "int":  # NVFP4: values on the grid, products in FP32; no exporter writes MXFP4
+            return "dequantized" if parsed.format == "nvfp4" else None
         return "weight-only" if parsed.activations == 16 else "emulated"
 
     def open(self, artifact: Artifact, *, threads: int) -> ReferenceSession:  # noqa: ARG002 - NumPy's BLAS has its own setting

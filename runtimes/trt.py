@@ -31,6 +31,7 @@ from ._trt_layers import audit_layers, parse_layers
 _RUNGS: dict[str, Rung] = {"fp32": "float", "w8a8": "native"}
 _DISTRIBUTIONS = {"tensorrt": ("tensorrt",), "tensorrt_rtx": ("tensorrt-rtx", "tensorrt_rtx")}
 FORMAT = 1  # of engine.json
+FP4_SINCE = 10  # major compute capability: Blackwell
 
 
 class TensorRTRuntime:
@@ -67,12 +68,21 @@ class TensorRTRuntime:
         return f"{found.name}, compute capability {found.capability}, CUDA driver {found.driver}"
 
     def rung(self, precision: str) -> Rung | None:
-        """What TensorRT offers: every GPU that it builds for multiplies INT8, and none INT4."""
+        """What TensorRT offers: every GPU that it builds for multiplies INT8, none INT4, and Blackwell NVFP4."""
         if precision in _RUNGS:
             return _RUNGS[precision]
-        if precision in FP4:  # simulated only; no exporter writes it yet
+        if precision == "nvfp4":
+            return "native" if self._has_fp4() else None
+        if precision in FP4:  # simulated only; no exporter writes it
             return None
         return "weight-only" if precision.endswith("a16") else "emulated"
+
+    def _has_fp4(self) -> bool:
+        """Whether the GPU here multiplies NVFP4; without a GPU, what the library builds for counts."""
+        try:
+            return int(Driver().device().capability.split(".")[0]) >= FP4_SINCE
+        except DeviceUnavailable:
+            return True
 
     def open(self, artifact: Artifact, *, threads: int) -> TensorRTSession:  # noqa: ARG002 - the GPU has no such setting
         """Load an engine onto the GPU.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
-from s2d_deploy.errors import ArtifactError, message
+from s2d_deploy.errors import ArtifactError, UnsupportedError, message
 from s2d_deploy.session import Array, as_codes
 
 
@@ -101,6 +101,25 @@ def metadata(element: Any) -> dict[str, str]:
 def attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """Attributes of a node as Python values."""
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+
+
+def require_integer_codes(model: onnx.ModelProto, target: str) -> None:
+    """Refuse NVFP4 on a target that has no kernels for it, before anything is rewritten.
+
+    Raises:
+        UnsupportedError: every site is named.
+    """
+    quantizers = [n for n in model.graph.node if n.domain == "s2d" and n.op_type == "NVFP4DynamicQuantize"]
+    if quantizers:
+        sites = [metadata(n).get("s2d.site", n.name) for n in quantizers]
+        raise UnsupportedError(
+            message(
+                f"{target} has no NVFP4",
+                expected="integer codes",
+                found=", ".join(sites[:4]) + (f" and {len(sites) - 4} more" if len(sites) > 4 else ""),
+                fix="use w4a4 here; target tensorrt runs nvfp4 on Blackwell GPUs",
+            )
+        )
 
 
 def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
