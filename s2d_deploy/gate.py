@@ -7,11 +7,13 @@ What the verdicts mean, and what they do not:
   that no result offers a figure for gives one undecided row with target ``*``: no limit vanishes silently.
 - Results that are not required are judged where they hold the figure and left alone where they do not.
 - Artifacts that were built but not run are judged by what can be known of them: size and audit.
-- By default a verdict compares the point estimate with the limit, and the evidence states the interval
-  and the smallest drop that this many samples can show. With ``decide_by="interval"`` accuracy and latency
-  pass only when the whole 95 % interval respects the limit, fail only when all of it breaks it, and are
-  undecided between. One interval in twenty misses the truth: many gates, some false alarms.
-- A latency that is not stable, or whose result failed a parity gate, is undecided: fast and wrong is no speed.
+- Accuracy and latency are estimates: they pass only when the whole 95 % interval respects the limit, fail only when
+  all of it breaks it, and are undecided between, or where no interval can be had (`power.py` states the rule and how
+  often it errs). The evidence says which drop so many samples find, and how many the limit needs. Many gates, some
+  false alarms: each may err. ``decide_by="point"`` compares the estimate alone: at the limit, a toss of a coin.
+- The other figures are counts on the very samples that were looked at: they have no interval.
+- A latency that is not stable is undecided. So is one whose result did not pass parity, or where no parity gate was
+  judged: fast and wrong is no speed.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
 from s2d_deploy.errors import EXIT_GATE_FAILED, EXIT_PASS, ArtifactError, RecipeError, message
-from s2d_deploy.paired import paired_drop, samples_needed, smallest_detectable_drop
+from s2d_deploy.paired import paired_drop
+from s2d_deploy.power import decide, needed, smallest_detectable
 
 Verdict = Literal["pass", "fail", "undecided"]
 FLOAT = "fp32"
@@ -44,7 +47,7 @@ class GateLimits:
         latency_ratio: largest ratio of the latency to that of the float baseline on the same runtime.
         size_ratio: largest ratio of the artifact's size to that of the float artifact.
         weight_ratio: largest ratio of the quantized weights' bytes to their FP32 bytes.
-        decide_by: ``"point"`` or ``"interval"``, see the module.
+        decide_by: ``"interval"`` or ``"point"``, see the module.
     """
 
     accuracy_drop: float | None = None
@@ -56,7 +59,7 @@ class GateLimits:
     latency_ratio: float | None = None
     size_ratio: float | None = None
     weight_ratio: float | None = None
-    decide_by: Literal["point", "interval"] = "point"
+    decide_by: Literal["interval", "point"] = "interval"
 
     def __post_init__(self) -> None:
         wrong = [
@@ -74,7 +77,7 @@ class GateLimits:
             raise RecipeError(
                 message(
                     "a gate's limit is out of range",
-                    expected="finite numbers, not negative; shares at most 1; decide_by 'point' or 'interval'",
+                    expected="finite numbers, not negative; shares at most 1; decide_by 'interval' or 'point'",
                     found=", ".join(wrong),
                 )
             )
@@ -106,7 +109,20 @@ class GateLimits:
 
 @dataclass(frozen=True, slots=True)
 class GateVerdict:
-    """One row of the report's ``gates``. `value` is None where nothing was measured."""
+    """One row of the report's ``gates``.
+
+    Attributes:
+        name: the gate.
+        target: the runtime; ``"*"`` where no result offered the figure.
+        precision: of the result.
+        value: None where nothing was measured.
+        limit: what is demanded.
+        verdict: pass, fail or undecided.
+        evidence: what was compared, in words.
+        interval: 95 % interval of `value`, where it is an estimate.
+        detectable: the smallest true drop that this gate fails in 80 % of runs with as many samples.
+        samples_needed: with so many samples a model without any drop passes this gate in 80 % of runs.
+    """
 
     name: str
     target: str
@@ -115,21 +131,34 @@ class GateVerdict:
     limit: float
     verdict: Verdict
     evidence: str
+    interval: tuple[float, float] | None = None
+    detectable: float | None = None
+    samples_needed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON document."""
-        return asdict(self)
+        """A JSON document; what does not apply is left out."""
+        document = asdict(self)
+        extra = ("interval", "detectable", "samples_needed")
+        return {k: v for k, v in document.items() if k not in extra or v is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """A figure with what is known about it. `verdict` is set where the figure itself already decides."""
+    """A figure with what is known about it.
+
+    `verdict` is set where the figure itself already decides, `by_interval` where it does so by its interval.
+    An `estimate` without an interval decides nothing unless the recipe asks for the point.
+    """
 
     value: float | None
     evidence: str
     lo: float | None = None
     hi: float | None = None
     verdict: Verdict | None = None
+    by_interval: Verdict | None = None
+    estimate: bool = False
+    detectable: float | None = None
+    samples_needed: int | None = None
 
 
 def evaluate(
@@ -230,29 +259,41 @@ def _presence(target: str, precision: str, result: Mapping[str, Any] | None) -> 
 
 
 def _judge(name: str, target: str, precision: str, limit: float, finding: _Finding, decide_by: str) -> GateVerdict:
-    value, verdict = finding.value, finding.verdict
+    value, verdict, evidence = finding.value, finding.verdict, finding.evidence
+    interval = None if finding.lo is None or finding.hi is None else (finding.lo, finding.hi)
     if verdict is None:
         if value is None:
             verdict = "undecided"
-        elif decide_by == "interval" and finding.lo is not None and finding.hi is not None:
-            verdict = "pass" if finding.hi <= limit else "fail" if finding.lo > limit else "undecided"
+        elif decide_by == "interval" and finding.by_interval is not None:
+            verdict = finding.by_interval
+        elif decide_by == "interval" and interval is not None:
+            verdict = "pass" if interval[1] <= limit else "fail" if interval[0] > limit else "undecided"
+        elif decide_by == "interval" and finding.estimate:
+            verdict, evidence = "undecided", f"{evidence}; an estimate without an interval decides nothing"
         elif name == "executed":
             verdict = "pass" if value >= limit - 1e-9 else "fail"  # the share is a sum of floats
         else:
             # 0.9 - 0.895 is 0.005000000000000004: a drop of exactly the limit must pass.
             verdict = "pass" if value <= limit or math.isclose(value, limit, rel_tol=1e-9, abs_tol=1e-12) else "fail"
-    return GateVerdict(name, target, precision, value, limit, verdict, finding.evidence)
+    return GateVerdict(
+        name, target, precision, value, limit, verdict, evidence, interval, finding.detectable, finding.samples_needed
+    )
 
 
 def _void_latency(rows: list[GateVerdict]) -> list[GateVerdict]:
-    broken = [row.name for row in rows if row.name in _PARITY and row.verdict == "fail"]
-    if not broken:
+    """A latency counts only behind parity: at least one gate of it passed, and none did not."""
+    parity = [row for row in rows if row.name in _PARITY]
+    failed, open_ = ([row.name for row in parity if row.verdict == v] for v in ("fail", "undecided"))
+    if failed:
+        void = f"void, because {' and '.join(failed)} failed: what ran is not the declared model"
+    elif open_:
+        void = f"void, because {' and '.join(open_)} is undecided: what ran may not be the declared model"
+    elif not parity:
+        void = f"void, because no parity gate was judged: set one of gates.{', gates.'.join(_PARITY)}"
+    else:
         return rows
-    void = f"void, because {' and '.join(broken)} failed: what ran is not the declared model"
     return [
-        GateVerdict(r.name, r.target, r.precision, r.value, r.limit, "undecided", f"{void}; {r.evidence}")
-        if r.name == "latency_ratio"
-        else r
+        replace(r, verdict="undecided", evidence=f"{void}; {r.evidence}") if r.name == "latency_ratio" else r
         for r in rows
     ]
 
@@ -297,29 +338,37 @@ def _accuracy_drop(result: Mapping[str, Any], _: Any, limit: float) -> _Finding 
         return pair
     a, b, text = pair
     metric = _section(result, "metric")
-    sign = -1.0 if metric.get("higher_is_better") is False else 1.0
-    value = sign * (a - b)
+    falls = metric.get("higher_is_better") is not False
+    value = a - b if falls else b - a
     first, second = metric.get("per_sample_float"), metric.get("per_sample_measured")
     if first is None or second is None:
         n = metric.get("n")
-        if isinstance(n, int) and n > 0:
-            text += f"; one sample is {1 / n:.2g}; no per-sample results, so no interval"
-        return _Finding(value, text)
+        one = f"; one sample is {1 / n:.2g}" if isinstance(n, int) and n > 0 else ""
+        return _Finding(value, f"{text}{one}; no per-sample results, so no interval", estimate=True)
+    if not falls:
+        first, second = second, first
+    found = paired_finding(first, second, limit)
+    return replace(found, value=value if found.verdict is None else None, evidence=f"{text}; {found.evidence}")
+
+
+def paired_finding(first: Any, second: Any, limit: float) -> _Finding:
+    """What the same samples, judged twice, say about a drop from `first` to `second` and about `limit`."""
     try:
-        paired = paired_drop(first, second)
+        drop = paired_drop(first, second)
     except (TypeError, ValueError) as error:
-        return _Finding(None, f"{text}; per-sample results do not fit: {error}", verdict="undecided")
-    lo, hi = (paired.lo, paired.hi) if sign > 0 else (-paired.hi, -paired.lo)
-    text += f"; 95 % interval of the drop [{lo:.4f}, {hi:.4f}] ({paired.method}"
-    text += f", p = {paired.p_value:.3g})" if paired.p_value is not None else ")"
-    if paired.lost is not None and paired.gained is not None:
-        # One discordant sample more than seen: zero seen does not mean that there are none.
-        share = (paired.lost + paired.gained + 1) / paired.n
-        smallest = smallest_detectable_drop(paired.n, share)
-        text += f"; lost {paired.lost}, gained {paired.gained}; smallest detectable drop {smallest:.4f}"
-        if 0 < limit < smallest:
-            text += f", above the limit: {samples_needed(limit, share)} samples are needed to resolve it"
-    return _Finding(value, text, lo, hi)
+        return _Finding(None, f"per-sample results do not fit: {error}", verdict="undecided")
+    text = f"95 % interval of the drop [{drop.lo:.4f}, {drop.hi:.4f}] ({drop.method}"
+    text += f", p = {drop.p_value:.3g})" if drop.p_value is not None else ")"
+    if drop.lost is not None:
+        text += f"; lost {drop.lost}, gained {drop.gained}"
+    verdict, least, enough = decide(drop, limit), smallest_detectable(drop, limit), needed(drop, limit)
+    if least is None:
+        text += f"; no drop fails this gate with {drop.n} samples"
+    else:
+        text += f"; a true drop of {least:.4g} fails this gate in 80 % of runs"
+    if verdict == "undecided" and enough is not None and enough > drop.n:
+        text += f"; a model without any drop needs {enough} samples to pass it"
+    return _Finding(drop.drop, text, drop.lo, drop.hi, None, verdict, True, least, enough)
 
 
 def _simulation_gap(result: Mapping[str, Any], _: Any, __: float) -> _Finding | None:
@@ -406,8 +455,8 @@ def _latency_ratio(result: Mapping[str, Any], table: Any, _: float) -> _Finding 
     for who, figures in (("this", latency), ("the float baseline", base)):
         if figures and figures.get("stable") is not True:
             why = figures.get("note") or "no reason given"
-            return _Finding(value, f"{text}; {who} is not stable: {why}", verdict="undecided")
-    return _Finding(value, text, lo, hi)
+            return _Finding(value, f"{text}; {who} is not stable: {why}", lo, hi, verdict="undecided")
+    return _Finding(value, text, lo, hi, estimate=True)
 
 
 def _ratio_of(own: str, reference: str, what: str) -> Callable[[Mapping[str, Any], Any, float], _Finding | None]:
@@ -442,5 +491,5 @@ _NEEDS = {
     "size_ratio": "size_bytes and float_size_bytes",
     "weight_ratio": "weight_size_bytes and weight_float_size_bytes",
 }
-_PARITY = ("accumulators_different", "code_flip_share", "top1_flip_share", "executed")
+_PARITY = ("accumulators_different", "code_flip_share", "top1_flip_share", "simulation_gap", "executed")
 _STATIC = ("executed", "size_ratio", "weight_ratio")

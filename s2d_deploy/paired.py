@@ -4,6 +4,13 @@ For right-or-wrong samples everything follows from the discordant ones: `lost` s
 first model got right and `gained` samples that only the second did. The drop in accuracy is
 ``(lost - gained) / n``. Treating the two accuracies as independent would throw the pairing away and
 could not see drops that are plainly there.
+
+Graded samples (a cosine, a loss) get a studentized paired bootstrap: their differences are skewed, because a few
+samples lose much and most lose little. With 100 log-normal losses the 97.5 % upper bound missed the truth in 7.4 % of
+runs for percentiles, 5.5 % for BCa and 4.9 % studentized; with 400 samples of which every tenth loses something in
+5.6, 3.3 and 2.5 % (`benchmarks/gate_power.py` measures what is used). No interval sees losses that no sample shows.
+
+How many samples a verdict needs, and what it then finds: `power.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +20,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-_Z95 = 1.959963984540054  # two-sided 95 %
-_Z_ALPHA = 1.6448536269514722  # one-sided 5 %
-_Z_POWER = 0.8416212335729143  # power 80 %
+Z95 = 1.959963984540054  # two-sided 95 %
+_RESAMPLES = 2000
+_BOOTSTRAP_UP_TO = 5000  # above so many samples the mean is normal to within what 2,000 resamples could show
+_AT_ONCE = 1 << 22  # draws held at a time: 32 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,8 @@ class PairedDrop:
         lost: samples that only the first got right; None for graded samples.
         gained: samples that only the second got right; None for graded samples.
         method: what test and interval are.
+        sd: standard deviation of the differences (``ddof=1``; 0 for one sample).
+        unit: what a right answer counts, 1 or 100; 1 for graded samples.
     """
 
     n: int
@@ -42,6 +53,8 @@ class PairedDrop:
     lost: int | None
     gained: int | None
     method: str
+    sd: float = 0.0
+    unit: float = 1.0
 
 
 def paired_drop(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> PairedDrop:
@@ -58,21 +71,62 @@ def paired_drop(first: Sequence[float], second: Sequence[float], *, seed: int = 
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("paired samples that are not finite")
     n = len(a)
+    difference = a - b
+    mean = float(difference.mean())
+    sd = float(difference.std(ddof=1)) if n > 1 else 0.0
     unit = float(max(a.max(), b.max())) or 1.0
     if unit in (1.0, 100.0) and np.isin(a, (0, unit)).all() and np.isin(b, (0, unit)).all():
         lost, gained = int((a > b).sum()), int((b > a).sum())
         lo, hi = (unit * end for end in tango_interval(lost, gained, n))
-        p = mcnemar(lost, gained)
-        return PairedDrop(n, unit * (lost - gained) / n, lo, hi, p, lost, gained, "exact McNemar, Tango interval")
-    difference = a - b
-    draws = np.random.default_rng(seed).integers(0, n, size=(2000, n)) if n <= 5000 else None
-    if draws is not None:
-        lo, hi = np.quantile(difference[draws].mean(axis=1), [0.025, 0.975])
-        return PairedDrop(n, float(difference.mean()), float(lo), float(hi), None, None, None, "paired bootstrap")
-    # Above 5,000 samples the mean is normal to within what a bootstrap of 2,000 could show.
-    half = _Z95 * float(difference.std(ddof=1)) / math.sqrt(n)
-    mean = float(difference.mean())
-    return PairedDrop(n, mean, mean - half, mean + half, None, None, None, "paired normal interval")
+        p, how = mcnemar(lost, gained), "exact McNemar, Tango interval"
+        return PairedDrop(n, unit * (lost - gained) / n, lo, hi, p, lost, gained, how, sd, unit)
+    if n <= _BOOTSTRAP_UP_TO:
+        lo, hi = (float(end[0]) for end in studentized_interval(difference[:, None], seed=seed))
+        return PairedDrop(n, mean, lo, hi, None, None, None, "studentized paired bootstrap", sd)
+    half = Z95 * sd / math.sqrt(n)
+    return PairedDrop(n, mean, mean - half, mean + half, None, None, None, "paired normal interval", sd)
+
+
+def studentized_interval(
+    difference: npt.NDArray[np.float64], *, seed: int = 0
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """95 % bootstrap-t intervals of the mean of each column.
+
+    Efron and Tibshirani 1993, "An Introduction to the Bootstrap", section 12.5. Where resamples without any spread
+    make an end infinite, it is the most extreme difference seen: a mean beyond that was never observed.
+
+    Args:
+        difference: ``(n, columns)``; the columns are resampled by the same draws.
+        seed: of the draws, so that the same samples give the same interval.
+
+    Returns:
+        Lower and upper ends, each ``(columns,)``. One sample gives an interval without width.
+    """
+    n = len(difference)
+    mean = difference.mean(axis=0)
+    if n < 2:
+        return mean, mean
+    # About the mean, so that variances below do not cancel.
+    centred = difference - mean
+    error = difference.std(axis=0, ddof=1) / math.sqrt(n)
+    rng = np.random.default_rng(seed)
+    ratios = np.empty((_RESAMPLES, difference.shape[1]))
+    rows = max(1, _AT_ONCE // n)
+    for start in range(0, _RESAMPLES, rows):
+        count = min(rows, _RESAMPLES - start)
+        draws = rng.integers(0, n, size=(count, n)) + n * np.arange(count)[:, None]
+        weights = np.bincount(draws.ravel(), minlength=count * n).reshape(count, n) / n
+        means = weights @ centred
+        variance = np.maximum(weights @ centred**2 - means**2, 0.0) / (n - 1)
+        # A resample of equal values has no spread of its own; rounding leaves about 1e-16 of the squares.
+        spread = np.where(variance > 1e-12 * error**2, np.sqrt(variance), 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios[start : start + count] = np.where(means == 0.0, 0.0, means / spread)
+    low, high = np.sort(ratios, axis=0)[[round(q * (_RESAMPLES - 1)) for q in (0.025, 0.975)]]
+    with np.errstate(invalid="ignore"):
+        lo, hi = mean - high * error, mean - low * error
+    least, most = difference.min(axis=0), difference.max(axis=0)
+    return np.where(error > 0, np.maximum(lo, least), mean), np.where(error > 0, np.minimum(hi, most), mean)
 
 
 def mcnemar(lost: int, gained: int) -> float:
@@ -118,34 +172,4 @@ def tango_interval(lost: int, gained: int, n: int) -> tuple[float, float]:
             return 1.0
         return float(brentq(shifted, low, high, xtol=1e-10))
 
-    return root(_Z95), root(-_Z95)
-
-
-def smallest_detectable_drop(n: int, discordant: float) -> float:
-    """The smallest true drop that McNemar's one-sided 5 % test finds in 80 % of runs with `n` samples.
-
-    Inverts `samples_needed`; never below 5 / n, because four lost samples and no gained one still have
-    p = 1/16.
-
-    Args:
-        n: samples.
-        discordant: share of samples on which the two models differ.
-    """
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if samples_needed(middle, discordant) <= n else (middle, high)
-    return min(max(high, 5 / n), 1.0)
-
-
-def samples_needed(drop: float, discordant: float) -> int:
-    """Samples that McNemar's one-sided 5 % test needs to find a true `drop` in 80 % of runs.
-
-    Connor 1987, "Sample size for testing differences in proportions for the paired-sample design",
-    Biometrics 43: ``n = (z_a sqrt(psi) + z_b sqrt(psi - drop^2))^2 / drop^2``.
-    """
-    if drop <= 0:
-        return 10**18
-    psi = max(discordant, drop)  # a drop of d needs at least a share d of lost samples
-    root = _Z_ALPHA * math.sqrt(psi) + _Z_POWER * math.sqrt(max(psi - drop * drop, 0.0))
-    return max(math.ceil((root / drop) ** 2), math.ceil(5 / drop))
+    return root(Z95), root(-Z95)

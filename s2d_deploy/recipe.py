@@ -336,7 +336,7 @@ class GateSection(_Section):
     latency_ratio: float | dict[str, float] | None = Field(None, description="latency over float's on the same runtime")
     size_ratio: float | dict[str, float] | None = Field(None, description="artifact bytes over the float artifact's")
     weight_ratio: float | dict[str, float] | None = Field(None, description="quantized weights' bytes over FP32 bytes")
-    decide_by: Literal["point", "interval"] = Field("point", description="compare the estimate, or its interval")
+    decide_by: Literal["interval", "point"] = Field("interval", description="judge the 95 % interval, or the estimate")
 
     @field_validator("*")
     @classmethod

@@ -68,8 +68,8 @@ CASES = [
 @pytest.mark.parametrize(("name", "figure", "evidence"), CASES)
 def test_a_limit_passes_at_the_figure_and_fails_below(name, figure, evidence):
     for limit, verdict in ((figure, "pass"), (figure * 1.01, "pass"), (figure * 0.99, "fail")):
-        limits = GateLimits(accumulators_different=None, **{name: limit})
-        (row,) = evaluate([result()], limits)
+        limits = GateLimits(accumulators_different=0, decide_by="point", **{name: limit})
+        row = only(evaluate([result()], limits), name)
         assert (row.name, row.target, row.precision, row.limit) == (name, "ort", "w4a4", limit)
         assert row.value == pytest.approx(figure)
         assert row.verdict == verdict
@@ -145,11 +145,14 @@ def paired(lost: int, gained: int, n: int = 1000) -> dict[str, Any]:
 def test_paired_samples_give_an_interval_and_the_detectable_drop():
     row = only(evaluate([paired(12, 4)], GateLimits(accuracy_drop=0.005)), "accuracy_drop")
     assert row.value == pytest.approx(0.008)
-    assert row.verdict == "fail"
+    assert row.verdict == "undecided"
     assert "95 % interval of the drop [0.0002, 0.0173]" in row.evidence
-    assert "exact McNemar, Tango interval, p = 0.0384" in row.evidence
-    assert "lost 12, gained 4; smallest detectable drop 0.0102, above the limit" in row.evidence
-    assert "samples are needed to resolve it" in row.evidence
+    assert row.interval == pytest.approx((0.0002, 0.0173), abs=5e-5)
+    assert "exact McNemar, Tango interval, p = 0.0384); lost 12, gained 4" in row.evidence
+    assert f"a true drop of {row.detectable:.4g} fails this gate in 80 % of runs" in row.evidence
+    assert f"a model without any drop needs {row.samples_needed} samples to pass it" in row.evidence
+    assert 0.012 < row.detectable < 0.02
+    assert 5000 < row.samples_needed < 6500
 
 
 @pytest.mark.parametrize(
@@ -179,8 +182,23 @@ def test_per_sample_lists_that_do_not_fit_are_undecided():
 
 def test_a_metric_where_less_is_better():
     worse = result(metric={"name": "loss", "float": 1.0, "measured": 1.2, "higher_is_better": False})
-    row = only(evaluate([worse], GateLimits(accuracy_drop=0.1)), "accuracy_drop")
+    row = only(evaluate([worse], GateLimits(accuracy_drop=0.1, decide_by="point")), "accuracy_drop")
     assert (row.value, row.verdict) == (pytest.approx(0.2), "fail")
+    losses = [1.0 + i / 50 for i in range(50)]
+    for change, verdict in ((0.2, "fail"), (-0.2, "pass")):
+        graded = {"per_sample_float": losses, "per_sample_measured": [x * (1 + change) for x in losses]}
+        metric = {"name": "loss", "float": 1.49, "measured": 1.49 * (1 + change), "higher_is_better": False} | graded
+        row = only(evaluate([result(metric=metric)], GateLimits(accuracy_drop=0.1)), "accuracy_drop")
+        assert (row.value, row.verdict) == (pytest.approx(1.49 * change), verdict)
+        assert row.interval[0] < row.value < row.interval[1]
+
+
+def test_an_estimate_without_an_interval_decides_nothing():
+    row = only(evaluate([result()], GateLimits(accuracy_drop=0.5)), "accuracy_drop")
+    assert (row.value, row.verdict) == (pytest.approx(0.01), "undecided")
+    assert row.evidence.endswith("so no interval; an estimate without an interval decides nothing")
+    one = result(metric={"float": 0.5, "measured": 0.4, "per_sample_float": [0.5], "per_sample_measured": [0.4]})
+    assert only(evaluate([one], GateLimits(accuracy_drop=0.5)), "accuracy_drop").verdict == "undecided"
 
 
 def test_nan_fails():
@@ -205,7 +223,7 @@ def test_an_unstable_latency_is_undecided_whoever_is_unstable():
 
 def test_the_ratio_falls_back_on_the_baselines_median():
     baseline = result(precision="fp32", latency_ms={"p50": 4.0, "stable": True})
-    rows = evaluate([result(speedup_over_float=None), baseline], GateLimits(latency_ratio=1.0))
+    rows = evaluate([result(speedup_over_float=None), baseline], GateLimits(latency_ratio=1.0, decide_by="point"))
     row = only(rows, "latency_ratio")
     assert (row.value, row.verdict) == (1.25, "fail")
     assert "p50 5.000 ms against 4.000 ms in float" in row.evidence
@@ -218,6 +236,24 @@ def test_fast_and_wrong_is_no_speed():
     assert row.evidence.startswith(
         "void, because accumulators_different failed: what ran is not the declared model; p50"
     )
+    codes = GateLimits(latency_ratio=1.0, code_flip_share=0.0)
+    assert "void, because code_flip_share failed" in only(evaluate([result()], codes), "latency_ratio").evidence
+    unchecked = result(parity={"top1_flips": 0})
+    row = only(evaluate([unchecked], GateLimits(latency_ratio=1.0)), "latency_ratio")
+    assert row.verdict == "undecided"
+    assert row.evidence.startswith("void, because accumulators_different is undecided: what ran may not be")
+
+
+def test_a_latency_without_parity_is_void():
+    limits = GateLimits(accumulators_different=None, latency_ratio=1.0)
+    row = only(evaluate([result()], limits), "latency_ratio")
+    assert (row.value, row.verdict) == (0.5, "undecided")
+    assert row.evidence.startswith("void, because no parity gate was judged: set one of gates.accumulators_different,")
+    # Float activations have no codes to compare: the metric must agree with the simulation's.
+    limits = GateLimits(latency_ratio=1.0, simulation_gap=0.01)
+    assert only(evaluate([result(precision="w4a16")], limits), "latency_ratio").verdict == "pass"
+    gap = GateLimits(latency_ratio=1.0, simulation_gap=0.001)
+    assert "void, because simulation_gap failed" in only(evaluate([result()], gap), "latency_ratio").evidence
 
 
 # --- what is missing ---------------------------------------------------------------------------------
@@ -225,7 +261,7 @@ def test_fast_and_wrong_is_no_speed():
 
 def test_a_required_target_that_was_not_measured_is_undecided():
     built = {"target": "tensorrt", "precision": "w4a4", "status": "built", "reason": "no GPU here"}
-    rows = evaluate([result(), built], GateLimits(accuracy_drop=0.1), required=["tensorrt", "ort"])
+    rows = evaluate([result(), built], GateLimits(simulation_gap=0.1), required=["tensorrt", "ort"])
     row = next(r for r in rows if r.target == "tensorrt")
     assert (row.name, row.value, row.limit, row.verdict) == ("measured", 0.0, 1.0, "undecided")
     assert row.evidence == "required, but only built: no GPU here"
@@ -237,7 +273,7 @@ def test_a_required_target_that_was_not_measured_is_undecided():
 def test_what_is_not_required_and_not_measured_has_no_row():
     away = {"target": "tensorrt", "precision": "w4a4", "status": "unavailable", "reason": "not installed"}
     for required in (None, ["ort"]):
-        rows = evaluate([result(), away], GateLimits(accuracy_drop=0.1), required=required)
+        rows = evaluate([result(), away], GateLimits(simulation_gap=0.1), required=required)
         assert {r.target for r in rows} == {"ort"}
         assert overall(rows) == "pass"
 
@@ -260,12 +296,12 @@ def test_a_required_result_that_does_not_exist_is_undecided():
 
 def test_a_missing_figure_is_undecided_only_where_required():
     bare = result("tvm", latency_ms=None)
-    limits = GateLimits(accumulators_different=None, latency_ratio=1.0)
-    rows = evaluate([result(), bare], limits)
+    limits = GateLimits(latency_ratio=1.0)
+    rows = [r for r in evaluate([result(), bare], limits) if r.name == "latency_ratio"]
     assert [(r.target, r.verdict) for r in rows] == [("ort", "pass"), ("tvm", "undecided")]
     assert "not measured: the result holds no latency_ms.p50" in rows[1].evidence
     rows = evaluate([result(), bare], limits, required=["ort"])
-    assert [(r.name, r.target, r.verdict) for r in rows] == [
+    assert [(r.name, r.target, r.verdict) for r in rows if r.name != "accumulators_different"] == [
         ("measured", "ort", "pass"),
         ("latency_ratio", "ort", "pass"),
     ]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2d_deploy.paired import mcnemar, paired_drop, samples_needed, smallest_detectable_drop, tango_interval
+from s2d_deploy.paired import mcnemar, paired_drop, studentized_interval, tango_interval
 
 
 @settings(max_examples=60, deadline=None)
@@ -55,23 +55,6 @@ def test_coverage_and_false_alarms_on_simulated_truths(lost, gained, n):
     assert np.mean([alarms[b, c] for b, c, _ in null.tolist()]) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 2000)
 
 
-def test_the_detectable_drop_is_detected_in_four_of_five_runs():
-    n, psi = 1000, 0.05
-    drop = smallest_detectable_drop(n, psi)
-    assert samples_needed(drop, psi) <= n < samples_needed(drop * 0.98, psi)
-    lost, gained = (psi + drop) / 2, (psi - drop) / 2
-    trials = np.random.default_rng(5).multinomial(n, [lost, gained, 1 - psi], size=2000)
-    found = np.mean([mcnemar(int(b), int(c)) <= 0.05 for b, c, _ in trials])
-    # Connor's formula is for the normal test; the exact one is conservative by a few points.
-    assert 0.72 <= found <= 0.86
-
-
-def test_five_lost_samples_are_the_least_that_can_be_seen():
-    assert mcnemar(4, 0) > 0.05 >= mcnemar(5, 0)
-    assert smallest_detectable_drop(100, 0.0) >= 5 / 100
-    assert smallest_detectable_drop(3, 0.5) == 1.0
-
-
 def test_paired_drop_of_right_and_wrong():
     first = [1, 1, 1, 0, 1, 0, 1, 1]
     second = [1, 0, 0, 1, 1, 0, 1, 0]
@@ -91,6 +74,7 @@ def test_paired_drop_of_graded_samples():
     assert result.lo < 0.02 < result.hi
     assert result.hi - result.lo < 0.004  # unpaired it would be 0.013
     assert result.p_value is None
+    assert (result.sd, result.unit) == (pytest.approx(float((first - second).std(ddof=1))), 1.0)
     many = np.tile(first, 20)
     wide = paired_drop(many.tolist(), (many - 0.02).tolist())
     assert (wide.lo, wide.hi) == pytest.approx((0.02, 0.02))
@@ -104,3 +88,36 @@ def test_paired_drop_of_graded_samples():
 def test_what_cannot_be_paired(first, second, words):
     with pytest.raises(ValueError, match=words):
         paired_drop(first, second)
+
+
+def test_the_studentized_interval_against_its_definition():
+    difference = np.random.default_rng(4).gamma(0.5, 1.0, 25)
+    n, mean = len(difference), difference.mean()
+    draws = np.random.default_rng(0).integers(0, n, size=(2000, n))
+    ratios = []
+    for row in difference[draws]:
+        spread = np.sqrt(row.var() / (n - 1))
+        ratios.append((row.mean() - mean) / spread)
+    low, high = np.sort(ratios)[[round(0.025 * 1999), round(0.975 * 1999)]]
+    error = difference.std(ddof=1) / np.sqrt(n)
+    lo, hi = studentized_interval(difference[:, None])
+    assert (float(lo[0]), float(hi[0])) == pytest.approx((mean - high * error, mean - low * error), rel=1e-9)
+    # Skewed to the right: the upper end is farther away.
+    assert hi[0] - mean > 1.3 * (mean - lo[0])
+
+
+def test_intervals_of_odd_samples_stay_finite():
+    same = paired_drop([0.5] * 7, [0.25] * 7)
+    assert (same.lo, same.drop, same.hi, same.sd) == (0.25, 0.25, 0.25, 0.0)
+    one = paired_drop([0.5], [0.4])
+    assert one.lo == one.hi == pytest.approx(0.1)
+    # One sample in twenty lost: many resamples hold none, so nothing is known beyond what was seen.
+    rare = paired_drop([0.9] * 20, [0.9] * 19 + [0.4])
+    assert -1e-9 <= rare.lo < rare.drop < rare.hi == pytest.approx(0.5)
+
+
+def test_columns_share_their_draws():
+    columns = np.random.default_rng(1).normal(size=(60, 3))
+    together = studentized_interval(columns)
+    alone = [studentized_interval(columns[:, [i]]) for i in range(3)]
+    assert np.allclose(together, np.concatenate(alone, axis=1), rtol=0, atol=1e-12)
