@@ -25,6 +25,7 @@ from s2d_deploy.errors import DataError, UnsupportedError, message
 from s2d_deploy.qgraph import initializers, metadata
 from s2d_deploy.session import Array
 
+from ._onnx_cuts import ancestors, until
 from ._ort_loading import CONTAINER, PART, SHIFT, STORAGE, session_of
 
 _KERNELS = ("MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
@@ -70,6 +71,26 @@ class ForcedOps:
         if fused and not np.array_equal(fused[0], result.astype(np.float32)):
             return fused[0].astype(np.int64).astype(np.int32)
         return result
+
+    def layer(self, op: str) -> onnx.ModelProto:
+        """The op's kernel with its own scales and bias: the bytes of its sites in, its float result out.
+
+        Raises:
+            UnsupportedError: no such op, or it does not read codes.
+        """
+        kernel = self._ops.get(op)
+        if kernel is None:
+            raise UnsupportedError(message(f"no op {op!r} in this artifact"))
+        sites = {
+            node.output[0]: helper.make_tensor_value_info(node.output[0], _container(node), None)
+            for node in self._model.graph.node
+            if SHIFT in metadata(node)
+        }
+        result, tail = kernel.output[0], [n for n in self._model.graph.node if metadata(n).get(PART) == op]
+        while (node := next((n for n in tail if n.input[0] == result), None)) is not None:
+            result = node.output[0]
+        behind = ancestors(self._producers, result, set(sites))
+        return until(self._model, result, [sites[name] for name in behind])
 
     def _kernel(self, op: str) -> onnx.NodeProto:
         node: onnx.NodeProto | None = self._ops.get(op)

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+from onnx import helper
 from onnx.helper import tensor_dtype_to_np_dtype
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
@@ -35,7 +36,7 @@ from s2d_deploy.integer import (
     rescale_blocks,
 )
 from s2d_deploy.precision import parse_precision
-from s2d_deploy.qgraph import Contraction, attributes, contractions, load_model, metadata
+from s2d_deploy.qgraph import Contraction, attributes, contractions, initializers, load_model, metadata
 from s2d_deploy.session import (
     Array,
     Artifact,
@@ -46,6 +47,8 @@ from s2d_deploy.session import (
     as_codes,
     lowest_rung,
 )
+
+from ._onnx_cuts import ancestors, quantizer_model, until
 
 DOMAIN = "s2d_deploy.reference"
 
@@ -135,6 +138,7 @@ class ReferenceSession:
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
+        self._model = model
         self._contractions = {c.name: c for c in contractions(model)}
         self._integer = {name: c for name, c in self._contractions.items() if _on_integers(c)}
         self._inputs = {i.name: _input(i.type.tensor_type) for i in model.graph.input}
@@ -227,6 +231,32 @@ class ReferenceSession:
             lowest_rung(rungs),
             evidence=f"the evaluated graph, onnx {onnx.__version__} ReferenceEvaluator with exact integer nodes",
         )
+
+    def facts(self) -> dict[str, str]:
+        """What the artifact says that it was made from."""
+        return metadata(self._model)
+
+    def quantize(self, site: str, sources: Sequence[str], x: Array) -> Array:
+        """Codes that the artifact's own nodes make of `x`; see `s2d_deploy.probing.QuantizerProbe`."""
+        if site not in self._sites:
+            raise UnsupportedError(message(f"site {site!r} has no quantizer in this artifact"))
+        model = quantizer_model(self._model, site, self._sites[site], sources)
+        evaluator = ReferenceEvaluator(model, new_ops=[QuantizeLinear])
+        return as_codes(evaluator.run(None, {model.graph.input[0].name: x})[0])
+
+    def layer(self, op: str) -> onnx.ModelProto:
+        """One op with its own scales: codes in, float out; see `s2d_deploy.probing.LayerCut`."""
+        if op not in self._contractions:
+            raise UnsupportedError(message(f"no op {op!r} in this artifact"))
+        types = {node.output[0]: node for node in self._model.graph.node if node.output[0] in self._sites.values()}
+        stored = initializers(self._model)
+        sites = {
+            name: helper.make_tensor_value_info(name, stored[node.input[2]].data_type, None)
+            for name, node in types.items()
+        }
+        producers = {value: node for node in self._model.graph.node for value in node.output}
+        result = self._contractions[op].node.output[0]
+        return until(self._model, result, [sites[name] for name in ancestors(producers, result, set(sites))])
 
     def close(self) -> None:
         """Free the weights. A closed session refuses to run."""

@@ -139,6 +139,10 @@ class TvmSession:
         """What the model says that it was exported for."""
         return str(self._about["precision"])
 
+    def facts(self) -> dict[str, str]:
+        """What the artifact says that it was made from."""
+        return {"s2d.precision": self.precision(), "s2d.plan_sha256": str(self._about.get("plan_sha256", ""))}
+
     def on_device_ns(self, feeds: Feeds) -> Callable[[], int] | None:
         """For an artifact on another machine: a call that runs `feeds` there once and returns the nanoseconds it took.
 

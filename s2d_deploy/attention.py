@@ -22,8 +22,10 @@ from torch.nn import functional as F
 
 ATTENTION_NAME = "s2d_deploy"
 Watcher = Callable[[nn.Module, str, Tensor], None]
+Multiplier = Callable[[nn.Module, str, Tensor, Tensor], Tensor]
 
 _watcher: ContextVar[Watcher | None] = ContextVar("attention_watcher", default=None)
+_multiplier: ContextVar[Multiplier | None] = ContextVar("attention_multiplier", default=None)
 
 
 def quantizer_name(operand: str) -> str:
@@ -39,6 +41,16 @@ def watching(watcher: Watcher) -> Iterator[None]:
         yield
     finally:
         _watcher.reset(token)
+
+
+@contextmanager
+def multiplying(multiplier: Multiplier) -> Iterator[None]:
+    """Let ``multiplier(attention module, "scores" or "context", left, right)`` take both products in the block."""
+    token = _multiplier.set(multiplier)
+    try:
+        yield
+    finally:
+        _multiplier.reset(token)
 
 
 def attention(
@@ -68,15 +80,16 @@ def attention(
     query = _operand(module, "query", query)
     # Transposed before it is quantized: per-tensor quantization commutes, and the codes feed the product directly.
     key_t = _operand(module, "key", key.transpose(2, 3))
-    scores = torch.matmul(query, key_t) * scaling
+    scores = _product(module, "scores", query, key_t) * scaling
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
-            attention_mask = torch.where(attention_mask, 0.0, torch.finfo(scores.dtype).min)
+            lowest = max(torch.finfo(scores.dtype).min, torch.finfo(torch.float32).min)  # `where` makes FP32 of numbers
+            attention_mask = torch.where(attention_mask, 0.0, lowest)
         scores = scores + attention_mask
-    # In FP32 whatever the model's type: a low-precision softmax is not a quantization that the plan declares.
-    probs = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    # At least FP32 whatever the model's type: a low-precision softmax is not a quantization that the plan declares.
+    probs = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     probs = F.dropout(probs, p=dropout, training=module.training)
-    context = torch.matmul(_operand(module, "probs", probs), _operand(module, "value", value))
+    context = _product(module, "context", _operand(module, "probs", probs), _operand(module, "value", value))
     return context.transpose(1, 2).contiguous(), probs
 
 
@@ -102,6 +115,11 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
         return None
     mask: Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
+
+
+def _product(module: nn.Module, name: str, left: Tensor, right: Tensor) -> Tensor:
+    multiplier = _multiplier.get()
+    return torch.matmul(left, right) if multiplier is None else multiplier(module, name, left, right)
 
 
 def _operand(module: nn.Module, operand: str, x: Tensor) -> Tensor:
