@@ -21,11 +21,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a stage's folder, its form checked (not the files: see `verify_folder`).
 
     Raises:
-        ArtifactError: missing, truncated, foreign, of another schema, or its key does not have its digest.
+        ArtifactError: missing, truncated, foreign, of another schema, or changed in any value.
     """
     path = folder / MANIFEST
     document = read_json(path)
-    kinds = {"stage": str, "key": dict, "key_sha256": str, "files": list, "info": dict}
+    kinds = {"stage": str, "key": dict, "key_sha256": str, "files": list, "info": dict, "sha256": str}
     wrong = [name for name, kind in kinds.items() if not isinstance(document.get(name), kind)]
     if wrong:
         raise ArtifactError(
@@ -34,6 +34,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     check_schema(path, document)
     if document["key_sha256"] != digest(document["key"]):
         raise ArtifactError(message(f"{path}: changed by hand: the key does not have its recorded digest"))
+    if document["sha256"] != own_digest(document):
+        raise ArtifactError(
+            message(f"{path}: changed: it does not have its recorded digest", fix="run the stage that writes it again")
+        )
     for entry in document["files"]:
         if not (
             isinstance(entry, dict)
@@ -46,6 +50,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if "\x00" in entry["name"] or any(part in ("", ".", "..") for part in parts):
             raise ArtifactError(message(f"{path}: files: {entry['name']!r} leaves the folder"))
     return document
+
+
+def own_digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its own ``sha256``: facts and times are kept as safely as files."""
+    return digest({name: value for name, value in document.items() if name != "sha256"})
 
 
 def verify_folder(path: Path) -> dict[str, Any]:

@@ -18,10 +18,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from s2d_deploy.errors import ArtifactError, message
+
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 Rung = Literal["native", "emulated", "weight-only", "dequantized", "float"]
 Progress = Callable[[str], None]
+_AGAIN = "build it again with `s2d-deploy build`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +109,28 @@ class Artifact:
     @property
     def size_bytes(self) -> int:
         """Bytes on disk of all files of the artifact that the runtime needs."""
-        return sum((self.folder / name).stat().st_size for name in self.files.values())
+        return sum(self.path(role).stat().st_size for role in self.files)
 
     def path(self, role: str) -> Path:
-        """The file that plays `role`."""
-        return self.folder / self.files[role]
+        """The file that plays `role`.
+
+        Raises:
+            ArtifactError: there is none, or its name leads out of the folder.
+        """
+        name = self.files.get(role)
+        if name is None:
+            raise ArtifactError(
+                message(f"{self.folder}: no file for {role!r}", found=", ".join(self.files) or "none", fix=_AGAIN)
+            )
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+            raise ArtifactError(
+                message(
+                    f"{self.folder}: the name of the file for {role!r} leads out of the folder",
+                    found=repr(name)[:80],
+                    fix=_AGAIN,
+                )
+            )
+        return self.folder / name
 
 
 class Session(Protocol):

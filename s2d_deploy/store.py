@@ -48,6 +48,7 @@ from s2d_deploy.manifest import (
     SCHEMA_VERSION,
     check_schema,
     differences,
+    own_digest,
     read_manifest,
     regular_files,
     verify_folder,
@@ -283,7 +284,7 @@ class RunFolder:
         }
         for folder, _, _ in os.walk(partial):
             flush_folder(Path(folder))
-        write_json(partial / MANIFEST, manifest)
+        write_json(partial / MANIFEST, sealed(manifest, partial / MANIFEST))
         return read_json(partial / MANIFEST)  # what a later run will see: tuples are lists, keys are strings
 
     def _put_in_place(self, partial: Path, final: Path, name: str) -> None:
@@ -363,25 +364,35 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         path = self.root / _LOCK
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise StageError(
-                message(
-                    f"{self.root} is in use by another run",
-                    found=f"process {holder} holds {path}",
-                    fix=f"wait until process {holder} has ended, or stop it, or choose another --output",
-                )
-            ) from None
+        while True:
+            self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._in_use(path, self._lock) from None
+            if _same_file(path, self._lock):
+                break
+            self._release()  # somebody removed the file in between: what is locked is not what others will open
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 
+    def _in_use(self, path: Path, lock: int) -> StageError:
+        holder = os.pread(lock, 32, 0).decode(errors="replace").strip()
+        known = holder.isascii() and holder.isdigit()
+        who = f"process {holder}" if known else "a process that has not yet said its number"
+        ended = known and not Path(f"/proc/{holder}").exists() and Path("/proc/self").exists()
+        return StageError(
+            message(
+                f"{self.root} is in use by another run",
+                found=f"{who} holds {path}" + (", or one that it has started: it has ended itself" if ended else ""),
+                fix=f"wait until {who if known else 'it'} has ended, or stop it, or choose another --output",
+            )
+        )
+
     def _recover(self) -> None:
         """Nobody else works here now: whatever lies in .partial is left over from a killed run."""
-        for leftover in self.root.iterdir():
-            if _TEMPORARY.fullmatch(leftover.name):
+        for leftover in (*self.root.glob(".*.tmp"), *self.root.glob("parts/*/.*.tmp")):
+            if _TEMPORARY.fullmatch(leftover.name) and not leftover.is_dir():
                 leftover.unlink()
         partial = self.root / _PARTIAL
         if partial.is_symlink():
@@ -392,6 +403,7 @@ class RunFolder:
             final = self.path(unquote(aside.name.removesuffix(".old")))
             if not final.exists():
                 log.warning("%s: a kill came while it was being replaced; the old result is back", final)
+                final.parent.mkdir(parents=True, exist_ok=True)
                 aside.rename(final)
         _remove(partial)
 
@@ -405,8 +417,30 @@ class RunFolder:
             self._lock = None
 
 
+def sealed(manifest: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """`manifest` as JSON will give it back, with its digest.
+
+    Raises:
+        ArtifactError: JSON cannot express it; `path` is named.
+    """
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(manifest, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(
+            message(f"{path}: cannot be written as JSON", found=str(error), fix="replace NaN and infinities by null")
+        ) from error
+    return plain | {"sha256": own_digest(plain)}
+
+
 def _is_own_litter(name: str) -> bool:
     return name in (_LOCK, _PARTIAL) or _TEMPORARY.fullmatch(name) is not None
+
+
+def _same_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _now() -> str:
