@@ -1,0 +1,231 @@
+"""CUDA source, as TVM generates it, compiled with g++ and run on the CPU: for tests on machines without a GPU.
+
+Every thread of a block is a fiber; blocks run one after the other. Barriers and warp operations make fibers wait for
+each other. Each inline PTX instruction becomes a call of a slow definition, written from the PTX manual's tables of
+fragments (section "Matrix fragments for mma").
+What this proves: indices, layouts, barriers, arithmetic. What it cannot: races that only parallel warps have (a fiber
+runs until it waits, but fibers are also run in reverse order), speed, and what the hardware does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tvm
+
+from s2d_deploy.export._tvm_cuda_isa import CudaIsa, cuda_target  # noqa: TID251
+
+HEADER = r"""
+#include <ucontext.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+using std::max;
+using std::min;
+template <class A, class B> auto max(A a, B b) { return a > b ? a : b; }
+template <class A, class B> auto min(A a, B b) { return a < b ? a : b; }
+struct float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(4) uchar4 { unsigned char x, y, z, w; };
+struct alignas(4) char4 { signed char x, y, z, w; };
+struct alignas(8) int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(8) longlong2 { long long x, y; };
+#define CUDART_INF_F INFINITY
+
+struct Index { int x, y, z; };
+static Index blockIdx, blockDim;
+struct Fiber { ucontext_t context; std::vector<char> stack; bool done; long blocks, warps; };
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static int current, lanes;
+static long block_arrivals;
+static std::vector<long> warp_arrivals;
+static const std::function<void()>* body;
+struct Thread { operator int() const { return current; } };
+static struct { Thread x; } threadIdx;
+static void yield() { swapcontext(&fibers[current].context, &scheduler); }
+static void entry() { (*body)(); fibers[current].done = true; yield(); }
+static void __syncthreads() {
+  ++block_arrivals;
+  long wanted = ++fibers[current].blocks * (long)fibers.size();
+  while (block_arrivals < wanted) yield();
+}
+static void warp_barrier() {
+  int warp = current / 32;
+  long size = std::min<long>(32, (long)fibers.size() - 32 * warp);
+  ++warp_arrivals[warp];
+  long wanted = ++fibers[current].warps * size;
+  while (warp_arrivals[warp] < wanted) yield();
+}
+static void launch(int grid, int threads, const std::function<void()>& f) {
+  body = &f;
+  blockDim = {threads, 1, 1};
+  fibers.resize(threads);
+  for (int block = 0; block < grid; ++block) {
+    blockIdx = {block, 0, 0};
+    block_arrivals = 0;
+    warp_arrivals.assign((threads + 31) / 32, 0);
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = fibers[i];
+      fiber.stack.resize(1 << 15);
+      fiber.done = false;
+      fiber.blocks = fiber.warps = 0;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.data();
+      fiber.context.uc_stack.ss_size = fiber.stack.size();
+      fiber.context.uc_link = &scheduler;
+      makecontext(&fiber.context, entry, 0);
+    }
+    int left = threads;
+    for (int round = 0; left; ++round) {
+      left = 0;
+      for (int i = 0; i < threads; ++i) {  // every other round backwards, for what depends on the order to show
+        current = (round + block) % 2 ? threads - 1 - i : i;
+        if (fibers[current].done) continue;
+        swapcontext(&scheduler, &fibers[current].context);
+        left += !fibers[current].done;
+      }
+    }
+  }
+}
+
+// A warp's operands, twice, so that one barrier is enough.
+struct Held { int a[4], b[2]; float x; };
+static Held held[2][1024];
+template <class F> static Held* exchanged(F write) {
+  int parity = fibers[current].warps % 2;
+  write(held[parity][current]);
+  warp_barrier();
+  return held[parity] + current / 32 * 32;
+}
+static float __shfl_xor_sync(unsigned, float x, int mask) {
+  return exchanged([&](Held& h) { h.x = x; })[current % 32 ^ mask].x;
+}
+// Element i of a register that holds codes of some type.
+static int code(int word, int i, const char* type) {
+  int bits = type[1] - '0', value = (word >> (bits * i)) & ((1 << bits) - 1);
+  return type[0] == 's' && value >> (bits - 1) ? value - (1 << bits) : value;
+}
+// mma.sync m{rows}n8k{..}: registers hold 4 bytes, or 8 codes of 4 bits, of K. The fragments, from the PTX manual:
+//   A  m16: a0 a1 a2 a3 hold rows g, g + 8, g, g + 8, the last two the second half of K;  m8: a0 holds row g
+//   B  b0 (and b1: the second half of K) hold column g
+//   C  row g (and, of m16, g + 8): columns 2 t and 2 t + 1                      with g = lane / 4, t = lane % 4
+static void ptx_mma(int rows, const char* left, const char* right, std::vector<int*> c, std::vector<int> a, std::vector<int> b) {
+  Held* warp = exchanged([&](Held& h) {
+    std::copy(a.begin(), a.end(), h.a);
+    std::copy(b.begin(), b.end(), h.b);
+  });
+  int lane = current % 32, each = 32 / (left[1] - '0'), halves = (int)b.size();
+  for (int i = 0; i < (int)c.size(); ++i) {
+    int row = lane / 4 + (i < 2 ? 0 : 8), column = lane % 4 * 2 + i % 2;
+    for (int k = 0; k < 4 * each * halves; ++k) {
+      int half = k / (4 * each), owner = k % (4 * each) / each;
+      int x = warp[row % 8 * 4 + owner].a[half * (rows / 8) + row / 8], y = warp[column * 4 + owner].b[half];
+      *c[i] += code(x, k % each, left) * code(y, k % each, right);
+    }
+  }
+}
+static void ptx_dp4a(int& c, int a, int b, const char* left) {
+  for (int i = 0; i < 4; ++i) c += code(a, i, left) * code(b, i, "s8");
+}
+"""
+
+
+def missing() -> str | None:
+    """Why nothing can be emulated here."""
+    return None if shutil.which("g++") else "no g++"
+
+
+def cuda_source(isa: CudaIsa, **kernels: Any) -> str:
+    """What TVM hands to the CUDA compiler."""
+    functions = {name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()}
+    built = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(cuda_target(isa)))
+    return str(built.mod.imports[0].inspect_source("cuda"))
+
+
+ASM = re.compile(r'asm(?: volatile)?\("([\w.]+) "?([^:]*):([^:]*):([^;]*)\);')
+
+
+def _instruction(found: re.Match[str]) -> str:
+    """One inline PTX instruction as a call of its emulation."""
+    opcode, _, written, read = found.groups()
+    outputs, inputs = (re.findall(r'"\+?r"\(([^)]*)\)', part) for part in (written, read))
+    mma = re.fullmatch(r"mma\.sync\.aligned\.m(\d+)n8k(\d+)\.row\.col\.s32\.(\w+)\.(\w+)\.s32", opcode)
+    if mma:
+        rows, k, left, right = mma.groups()
+        registers = int(k) * int(left[1:]) // (32 * 4)  # of B; A has one for each 8 rows
+        a, b = inputs[: registers * int(rows) // 8], inputs[registers * int(rows) // 8 :]
+        assert len(b) == registers
+        assert len(outputs) == int(rows) // 4
+        c = ", ".join(f"&{name}" for name in outputs)
+        return f'ptx_mma({rows}, "{left}", "{right}", {{{c}}}, {{{", ".join(a)}}}, {{{", ".join(b)}}});'
+    kind = {"dp4a.u32.s32": "u8", "dp4a.s32.s32": "s8"}[opcode]
+    return f'ptx_dp4a({outputs[0]}, {inputs[0]}, {inputs[1]}, "{kind}");'
+
+
+def emulated(source: str) -> str:
+    """`source` for g++."""
+    source = ASM.sub(_instruction, source)
+    assert "asm" not in source.split("#define ushort", 2)[-1], "an instruction was not replaced"
+    start = source.index("#define uint unsigned int")
+    end = source.index("#endif", start)
+    prelude = "\n".join(source[start:end].splitlines())
+    body = re.sub(r"__shared__ alignas\((\d+)\)", r"alignas(\1) static", source[end + len("#endif") :])
+    wrappers = []
+    for name, arguments in re.findall(r'extern "C" __global__ void [^;{]*?(\w+)\(([^)]*)\) \{', body):
+        types = [a.strip().rsplit(" ", 1)[0].replace("__restrict__", "").strip() for a in arguments.split(",")]
+        given = ", ".join(f"({t})pointers[{i}]" for i, t in enumerate(types))
+        wrappers.append(
+            f'extern "C" void launch_{name}(int grid, int threads, void** pointers) '
+            f"{{ launch(grid, threads, [=] {{ {name}({given}); }}); }}"
+        )
+    return "\n".join([HEADER, prelude, body, *wrappers])
+
+
+class Emulator:
+    """Kernels of one source, callable with numpy arrays.
+
+    Args:
+        folder: for the library.
+        source: see `cuda_source`.
+    """
+
+    def __init__(self, folder: Path, source: str) -> None:
+        path = folder / "kernels.cc"
+        path.write_text(emulated(source))
+        library = folder / "kernels.so"
+        options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-fwrapv", "-w", "-shared", "-fPIC"]
+        done = subprocess.run(["g++", *options, str(path), "-o", str(library)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[:4000]
+        self._library = ctypes.CDLL(str(library))
+
+    def __call__(self, name: str, grid: int, threads: int, *arrays: np.ndarray) -> None:
+        """Run ``<name>_kernel`` on `grid` blocks of `threads`; outputs are written in place."""
+        assert all(a.flags.c_contiguous for a in arrays)
+        pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
+        getattr(self._library, f"launch_{name}_kernel")(grid, threads, pointers)
+
+
+def launch_of(kernel: Any) -> tuple[int, int]:
+    """Blocks and threads of a PrimFunc with thread bindings in one dimension."""
+    sizes = dict(re.findall(r'launch_thread\("(\w+\.x)", (\d+)\)', str(kernel)))
+    return int(sizes["blockIdx.x"]), int(sizes["threadIdx.x"])
