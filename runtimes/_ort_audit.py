@@ -29,6 +29,20 @@ FLOAT_KERNELS = frozenset(
 )  # fmt: skip
 _INT8_LEVEL = 4  # MatMulNBits accuracy_level that rounds activations to INT8
 _SOURCES = ("MatMul", "Gemm", "Conv", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits")
+# What a kernel may compute along with its product: elementwise, or the quantizer of its output.
+_FUSED_INTO = (
+    "Add",
+    "Mul",
+    "Div",
+    "Relu",
+    "Gelu",
+    "Clip",
+    "HardSigmoid",
+    "LeakyRelu",
+    "Sigmoid",
+    "Tanh",
+    "QuantizeLinear",
+)
 _REACH = 4  # nodes between a fused contraction and the value that the original one made
 
 
@@ -64,7 +78,7 @@ def compare(model: onnx.ModelProto, optimized: onnx.ModelProto, evidence: str) -
         if "s2d.op" not in props and node.op_type not in _SOURCES:
             continue
         name, declared = props.get("s2d.op", node.name), props.get("s2d.declared", "float")
-        kernel = _find(node, kernels, producers, followers)
+        kernel = find_kernel(node, kernels, producers, followers)
         precision = _precision(kernel)
         op = ExecutedOp(
             name,
@@ -79,12 +93,20 @@ def compare(model: onnx.ModelProto, optimized: onnx.ModelProto, evidence: str) -
     return Audit(tuple(ops), lowest_rung(rungs), evidence, tuple(notes))
 
 
-def _find(
+def find_kernel(
     node: onnx.NodeProto,
     kernels: Mapping[str, onnx.NodeProto],
     producers: Mapping[str, onnx.NodeProto],
     followers: Mapping[str, list[onnx.NodeProto]],
 ) -> onnx.NodeProto | None:
+    """The node of the optimized graph that computes `node` of the model.
+
+    Args:
+        node: a contraction of the model.
+        kernels: contractions of the optimized graph by name.
+        producers: of the optimized graph: the node that makes a value.
+        followers: of the model: the nodes that read a value.
+    """
     if node.name in kernels:
         return kernels[node.name]
     # Fusions name their node after one of those they replace: "<name>/MatMulScaleFusion/", "<name>_nchwc".
@@ -100,11 +122,7 @@ def _find(
             return found
         users = followers.get(value, [])
         # A sole elementwise follower may have been fused in, so that only its value is left.
-        value = (
-            users[0].output[0]
-            if len(users) == 1 and users[0].op_type in ("Add", "Mul", "Div", "Relu", "Gelu")
-            else None
-        )
+        value = users[0].output[0] if len(users) == 1 and users[0].op_type in _FUSED_INTO else None
     return None
 
 

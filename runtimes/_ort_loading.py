@@ -31,18 +31,29 @@ STORAGE, SHIFT, CONTAINER = "s2d.storage", "s2d.shift", "s2d.container"
 _EXACT_WITHOUT_VNNI = ("session.x64quantprecision", "1")
 
 
-def new_session(model: Path | bytes, info: Mapping[str, Any], threads: int, optimized: Path | None = None) -> Any:
+def new_session(
+    model: Path | bytes,
+    info: Mapping[str, Any],
+    threads: int,
+    optimized: Path | None = None,
+    *,
+    profile: Path | None = None,
+    weights: Path | None = None,
+) -> Any:
     """An InferenceSession, sequential, on `threads` threads.
 
     Args:
         model: the ONNX file, or its bytes.
-        info: of the artifact: ``providers`` and ``graph_optimization_level``.
+        info: of the artifact: ``providers`` and ``graph_optimization_level``; ``defaults: theirs`` leaves what changes
+            numbers as onnxruntime has it, for a model that is not ours.
         threads: of one operator.
         optimized: where to save the optimized graph; tensors go to ``<optimized>.data``.
+        profile: beginning of the path of a profile of all runs, which `end_profiling` writes; none by default.
+        weights: folder of external data, for a model in bytes.
 
     Raises:
         ArtifactError: onnxruntime cannot load the model; the message carries its reason.
-        DeviceUnavailable: a provider is not in this build of onnxruntime, does not load, or does not run all of the model.
+        DeviceUnavailable: a provider is not in this build of onnxruntime, does not load, or runs a part of the model.
     """
     import onnxruntime
 
@@ -60,15 +71,20 @@ def new_session(model: Path | bytes, info: Mapping[str, Any], threads: int, opti
         "disable": levels.ORT_DISABLE_ALL,
     }[info.get("graph_optimization_level", "all")]
     options.log_severity_level = _FATAL_ONLY
-    options.add_session_config_entry(*_FLOAT_ACTIVATIONS)
+    if info.get("defaults") != "theirs":
+        options.add_session_config_entry(*_FLOAT_ACTIVATIONS)
     options.add_session_config_entry(*_QUIET_BETWEEN_RUNS)
-    if byte_dot_product() is None:
+    if byte_dot_product() is None and info.get("defaults") != "theirs":
         options.add_session_config_entry(*_EXACT_WITHOUT_VNNI)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         key = "session.optimized_model_external_initializers"
         options.add_session_config_entry(f"{key}_file_name", f"{optimized.name}.data")
         options.add_session_config_entry(f"{key}_min_size_in_bytes", "1024")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     providers = configure(options, wanted)
     source = model if isinstance(model, bytes) else str(model)
     try:
@@ -96,3 +112,13 @@ def session_of(model: onnx.ModelProto, info: Mapping[str, Any], threads: int) ->
         path = Path(folder) / "model.onnx"
         onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data")
         return new_session(path, info, threads)
+
+
+def optimized_graph(model: onnx.ModelProto, info: Mapping[str, Any]) -> onnx.ModelProto:
+    """What onnxruntime's optimizer leaves of a model in memory, without its large tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, target = Path(folder) / "model.onnx", Path(folder) / "optimized.onnx"
+        large = model.ByteSize() >= _IN_MEMORY_BELOW
+        onnx.save_model(model, path, save_as_external_data=large, location="model.onnx.data" if large else None)
+        new_session(path, info, 1, optimized=target)
+        return onnx.load(target, load_external_data=False)

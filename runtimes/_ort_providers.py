@@ -47,7 +47,9 @@ def short_name(name: str) -> str:
 
 def normalized(providers: Sequence[Provider]) -> list[tuple[str, dict[str, Any]]]:
     """Pairs of full name and options, in order of preference, each provider once."""
-    pairs = [(p, {}) if isinstance(p, str) else (str(p[0]), dict(p[1])) for p in providers]
+    pairs: list[tuple[str, dict[str, Any]]] = [
+        (p, {}) if isinstance(p, str) else (str(p[0]), dict(p[1:][0])) for p in providers
+    ]
     found: dict[str, dict[str, Any]] = {}
     for name, options in pairs:
         found.setdefault(full_name(name), options)

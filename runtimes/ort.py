@@ -11,24 +11,26 @@ What is evidence of what:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import onnx
 
-from s2d_deploy.errors import ArtifactError, DataError, RuntimeUnavailable, message
+from s2d_deploy.errors import ArtifactError, DataError, RuntimeUnavailable, UnsupportedError, message
 from s2d_deploy.feeds import Input, check_feeds
 from s2d_deploy.qgraph import load_model, metadata
 from s2d_deploy.session import Array, Artifact, Audit, Feeds, Rung
 
 from ._cpu_features import byte_dot_product
+from ._onnx_cuts import different_nodes, quantizer_model
 from ._ort_audit import audit_graph
 from ._ort_forced import ForcedOps
-from ._ort_loading import SHIFT, STORAGE, new_session, session_of
+from ._ort_loading import SHIFT, STORAGE, new_session, optimized_graph, session_of
 from ._ort_providers import asked_for, inventory, short_name
 
 _RUNGS: dict[str, Rung] = {
@@ -85,24 +87,58 @@ class OrtSession:
         """Codes at every activation site in the plan's own type; sites that share a quantizer each get them."""
         self._open()
         check_feeds(feeds, self._inputs)
-        sites = [(node, metadata(node)) for node in self._model.graph.node if SHIFT in metadata(node)]
+        sites = self._sites()
         if not sites:
             return {}
         if self._tapped is None:
-            tapped = onnx.ModelProto()
-            tapped.CopyFrom(self._model)
-            shown = {output.name for output in tapped.graph.output}
-            for node, _ in sites:
-                if node.output[0] not in shown:
-                    tapped.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
-            self._tapped = session_of(tapped, self._artifact.info, self._threads)
+            self._tapped = session_of(self._with_taps(), self._artifact.info, self._threads)
         found = _run(self._tapped, [node.output[0] for node, _ in sites], feeds)
         result: dict[str, Array] = {}
         for (_, props), bytes_ in zip(sites, found, strict=True):
-            dtype = np.uint8 if props[STORAGE].startswith("U") else np.int8
-            codes = (bytes_.astype(np.int16) - int(props[SHIFT])).astype(dtype)
-            result.update(dict.fromkeys(props["s2d.site"].split(","), codes))
+            result.update(dict.fromkeys(props["s2d.site"].split(","), _plan_codes(bytes_, props)))
         return result
+
+    def facts(self) -> dict[str, str]:
+        """What the artifact says that it was made from."""
+        return dict(self._open().get_modelmeta().custom_metadata_map)
+
+    def quantize(self, site: str, sources: Sequence[str], x: Array) -> Array:
+        """Codes that the artifact's own nodes make of `x`; see `s2d_deploy.probing.QuantizerProbe`."""
+        self._open()
+        node, props = next(
+            ((n, p) for n, p in self._sites() if site in p["s2d.site"].split(",")), (onnx.NodeProto(), {})
+        )
+        if not props:
+            raise UnsupportedError(message(f"site {site!r} has no quantizer in this artifact"))
+        model = quantizer_model(self._model, site, node.output[0], sources)
+        session = session_of(model, self._artifact.info, 1)
+        return _plan_codes(_run(session, [session.get_outputs()[0].name], {model.graph.input[0].name: x})[0], props)
+
+    def layer(self, op: str) -> onnx.ModelProto:
+        """One op with its own scales: codes in, float out; see `s2d_deploy.probing.LayerCut`."""
+        self._open()
+        if self._forced is None:
+            self._forced = ForcedOps(self._model, self._artifact.info, self._threads)
+        return self._forced.layer(op)
+
+    def taps_changed(self) -> list[str]:
+        """Nodes of the optimized graph that showing the codes changes; see `s2d_deploy.probing.TapCheck`."""
+        self._open()
+        plain, tapped = (optimized_graph(m, self._artifact.info) for m in (self._model, self._with_taps()))
+        return different_nodes(plain, tapped)
+
+    def _sites(self) -> list[tuple[onnx.NodeProto, dict[str, str]]]:
+        return [(node, props) for node in self._model.graph.node if SHIFT in (props := metadata(node))]
+
+    def _with_taps(self) -> onnx.ModelProto:
+        """The model with the codes among its outputs."""
+        tapped = onnx.ModelProto()
+        tapped.CopyFrom(self._model)
+        shown = {output.name for output in tapped.graph.output}
+        for node, _ in self._sites():
+            if node.output[0] not in shown:
+                tapped.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.output[0]))
+        return tapped
 
     def accumulate(self, op: str, lhs: Array, rhs: Array | None = None) -> Array:
         """The int32 accumulators of `op` for given codes, from the op's own kernel; see `_ort_forced`.
@@ -166,7 +202,7 @@ class OrtRuntime:
         return f"cpu: {byte_dot_product() or 'no byte dot product'}"
 
     def device_for(self, options: Mapping[str, Any]) -> str:
-        """What an artifact with these options runs on: the providers in their order, the CPU with its byte dot product."""
+        """What an artifact with these options runs on: its providers in their order."""
         names = [short_name(name) for name, _ in asked_for(options)]
         return self.device() if names == ["cpu"] else ", then ".join(self.device() if n == "cpu" else n for n in names)
 
@@ -181,6 +217,26 @@ class OrtRuntime:
     def rung(self, precision: str) -> Rung | None:
         """W8A8 is native; 4-bit codes are multiplied exactly by 8-bit units."""
         return _RUNGS.get(precision)
+
+    def audit_file(
+        self, path: Path, *, shapes: Mapping[str, Sequence[int]], options: Mapping[str, Any], threads: int
+    ) -> dict[str, Any]:
+        """Audit any ONNX model, whoever wrote it; see `_ort_any.audit_any`.
+
+        Args:
+            path: the file.
+            shapes: of inputs, or sizes of named dimensions.
+            options: ``providers`` and ``graph_optimization_level``.
+            threads: of the session.
+
+        Raises:
+            RuntimeUnavailable: onnxruntime is not installed. Else as `audit_any`.
+        """
+        if (reason := self.available()) is not None:
+            raise RuntimeUnavailable(reason)
+        from ._ort_any import audit_any
+
+        return audit_any(path, shapes=shapes, info=options, threads=threads, version=self.version())
 
     def open(self, artifact: Artifact, *, threads: int) -> OrtSession:
         """Load an artifact on `threads` threads.
@@ -220,6 +276,13 @@ class OrtRuntime:
 
 
 RUNTIME = OrtRuntime()
+
+
+def _plan_codes(bytes_: Array, props: Mapping[str, str]) -> Array:
+    """The dialect's bytes as codes of the plan."""
+    dtype = np.uint8 if props[STORAGE].startswith("U") else np.int8
+    codes: Array = (bytes_.astype(np.int16) - int(props[SHIFT])).astype(dtype)
+    return codes
 
 
 def _run(session: Any, names: list[str], feeds: Feeds) -> list[Array]:

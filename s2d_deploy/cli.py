@@ -23,7 +23,7 @@ import click
 
 from s2d_deploy import __version__
 from s2d_deploy.cli_options import debug_option, device_option, model_options, recipe_options
-from s2d_deploy.errors import EXIT_UNAVAILABLE, EXIT_USER_ERROR, S2DDeployError, exit_code_of
+from s2d_deploy.errors import EXIT_GATE_FAILED, EXIT_UNAVAILABLE, EXIT_USER_ERROR, S2DDeployError, exit_code_of
 from s2d_deploy.interrupts import remember_interrupts
 
 if TYPE_CHECKING:
@@ -498,6 +498,62 @@ def _finish(as_json: bool, options: dict[str, Any], *, judge: bool = True) -> No
     _say_errors(outcome.errors)
     if judge or outcome.errors:
         _exit(outcome.exit_code)
+
+
+@cli.command(short_help="What any ONNX model declares, and what ONNX Runtime executes.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=SIZE",
+    help="Shape of an input (x=1x3x224x224), or size of a named dimension (sequence=128); repeatable. An open first "
+    "dimension is 1.",
+)
+@click.option(
+    "--provider",
+    "providers",
+    multiple=True,
+    help="Execution provider: cpu, cuda, openvino, xnnpack, ...; repeatable, most preferred first [default: cpu].",
+)
+@click.option(
+    "--graph-optimization-level",
+    "level",
+    type=click.Choice(["all", "extended", "basic", "disable"]),
+    default="all",
+    show_default=True,
+    help="How far ONNX Runtime may rewrite the graph.",
+)
+@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the session.")
+@click.option("--layers", is_flag=True, help="List every layer, not only those that differ.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+@debug_option
+def audit(
+    model: Path,
+    shapes: tuple[str, ...],
+    providers: tuple[str, ...],
+    level: str,
+    threads: int,
+    layers: bool,
+    as_json: bool,
+) -> None:
+    """Say what each layer of MODEL.onnx declares (Q/DQ, integer operators) and what ONNX Runtime executes.
+
+    For any ONNX model, whoever quantized it. It runs twice on random inputs, as it is written and optimized; kernel,
+    arithmetic, provider and time are read from the optimized graph and the profile. Exit code 1 where a layer does not
+    run as declared: integers promised and float executed, float promised and activations rounded, scales along an axis
+    that the kernel ignores, or a provider's work done by the CPU.
+
+    \b
+    Examples:
+      s2d-deploy audit model.onnx --shape sequence=128
+      s2d-deploy audit model.onnx --shape pixel_values=1x3x224x224 --layers
+    """
+    from s2d_deploy.audit import audit_onnx, audit_text
+
+    document = audit_onnx(model, shapes, providers, level, threads)
+    _print(document, as_json, lambda: click.echo(audit_text(document, every_layer=layers), nl=False))
+    _exit(EXIT_GATE_FAILED if document["differ"] else 0)
 
 
 @cli.command(short_help="Two runs side by side.")

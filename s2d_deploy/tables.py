@@ -164,6 +164,17 @@ def number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else str(value)
 
 
+def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> str:
+    """A table of texts; the last `right` columns are aligned to the right."""
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        number_column = i >= len(header) - right
+        table.add_column(name, justify="right" if number_column else "left", no_wrap=number_column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return _text(table)
+
+
 def _form(value: Any) -> str:
     """Counts and bytes whole, everything else to four digits."""
     return ",d" if isinstance(value, int) else ".4g"
