@@ -261,6 +261,8 @@ def _presence(target: str, precision: str, result: Mapping[str, Any] | None) -> 
 def _judge(name: str, target: str, precision: str, limit: float, finding: _Finding, decide_by: str) -> GateVerdict:
     value, verdict, evidence = finding.value, finding.verdict, finding.evidence
     interval = None if finding.lo is None or finding.hi is None else (finding.lo, finding.hi)
+    if not all(x is None or math.isfinite(x) for x in (value, *(interval or ()))):
+        return GateVerdict(name, target, precision, None, limit, "undecided", f"{evidence}: not a finite number")
     if verdict is None:
         if value is None:
             verdict = "undecided"

@@ -43,6 +43,8 @@ class PairedDrop:
         method: what test and interval are.
         sd: standard deviation of the differences (``ddof=1``; 0 for one sample).
         unit: what a right answer counts, 1 or 100; 1 for graded samples.
+        skew: of the differences, third moment over the cube of the standard deviation; 0 where they are equal.
+        kurtosis: fourth moment over the variance's square; 3 for a normal distribution.
     """
 
     n: int
@@ -55,6 +57,8 @@ class PairedDrop:
     method: str
     sd: float = 0.0
     unit: float = 1.0
+    skew: float = 0.0
+    kurtosis: float = 3.0
 
 
 def paired_drop(first: Sequence[float], second: Sequence[float], *, seed: int = 0) -> PairedDrop:
@@ -70,6 +74,8 @@ def paired_drop(first: Sequence[float], second: Sequence[float], *, seed: int = 
         raise ValueError(f"paired samples of shapes {a.shape} and {b.shape}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError("paired samples that are not finite")
+    if max(np.abs(a).max(), np.abs(b).max()) > 1e100:
+        raise ValueError("paired samples whose squares overflow")
     n = len(a)
     difference = a - b
     mean = float(difference.mean())
@@ -80,11 +86,22 @@ def paired_drop(first: Sequence[float], second: Sequence[float], *, seed: int = 
         lo, hi = (unit * end for end in tango_interval(lost, gained, n))
         p, how = mcnemar(lost, gained), "exact McNemar, Tango interval"
         return PairedDrop(n, unit * (lost - gained) / n, lo, hi, p, lost, gained, how, sd, unit)
+    shape = _shape(difference - mean)
     if n <= _BOOTSTRAP_UP_TO:
         lo, hi = (float(end[0]) for end in studentized_interval(difference[:, None], seed=seed))
-        return PairedDrop(n, mean, lo, hi, None, None, None, "studentized paired bootstrap", sd)
+        return PairedDrop(n, mean, lo, hi, None, None, None, "studentized paired bootstrap", sd, 1.0, *shape)
     half = Z95 * sd / math.sqrt(n)
-    return PairedDrop(n, mean, mean - half, mean + half, None, None, None, "paired normal interval", sd)
+    return PairedDrop(n, mean, mean - half, mean + half, None, None, None, "paired normal interval", sd, 1.0, *shape)
+
+
+def _shape(centred: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Skewness and kurtosis."""
+    top = float(np.abs(centred).max())
+    if top == 0.0:
+        return 0.0, 3.0
+    x = centred / top  # so that no power under- or overflows
+    variance = float((x**2).mean())
+    return float((x**3).mean()) / variance**1.5, float((x**4).mean()) / variance**2
 
 
 def studentized_interval(

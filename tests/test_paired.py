@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kurtosis, skew
 
 from s2d_deploy.paired import mcnemar, paired_drop, studentized_interval, tango_interval
 
@@ -83,7 +84,7 @@ def test_paired_drop_of_graded_samples():
 
 @pytest.mark.parametrize(
     ("first", "second", "words"),
-    [([1], [1, 0], "shapes"), ([], [], "shapes"), ([1.0], [float("nan")], "not finite")],
+    [([1], [1, 0], "shapes"), ([], [], "shapes"), ([1.0], [float("nan")], "not finite"), ([1e300], [0.0], "overflow")],
 )
 def test_what_cannot_be_paired(first, second, words):
     with pytest.raises(ValueError, match=words):
@@ -114,6 +115,14 @@ def test_intervals_of_odd_samples_stay_finite():
     # One sample in twenty lost: many resamples hold none, so nothing is known beyond what was seen.
     rare = paired_drop([0.9] * 20, [0.9] * 19 + [0.4])
     assert -1e-9 <= rare.lo < rare.drop < rare.hi == pytest.approx(0.5)
+
+
+def test_the_shape_of_the_differences():
+    x = np.random.default_rng(6).gamma(0.5, 1.0, 300)
+    found, zero = paired_drop(x.tolist(), np.zeros(300).tolist()), paired_drop([0.5, 0.25], [0.5, 0.25])
+    assert (found.skew, found.kurtosis) == pytest.approx((skew(x), kurtosis(x, fisher=False)))
+    assert (zero.skew, zero.kurtosis) == (0.0, 3.0)
+    assert paired_drop((x * 1e90).tolist(), np.zeros(300).tolist()).skew == pytest.approx(found.skew)
 
 
 def test_columns_share_their_draws():

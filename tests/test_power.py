@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import comb
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from s2d_deploy.paired import mcnemar, paired_drop, studentized_interval, tango_interval
 from s2d_deploy.power import (
+    PLANNED,
     chances,
     decide,
     needed,
@@ -95,11 +98,11 @@ def test_the_stated_drop_fails_and_the_stated_number_passes():
         least = smallest_detectable_drop(n, psi, limit)
         assert least is not None
         assert least > limit
-        assert chances(n, psi, least, limit).fails >= 0.8 > chances(n, psi, 0.97 * least, limit).fails
+        assert chances(n, psi, least, limit).fails >= PLANNED > chances(n, psi, 0.97 * least, limit).fails
         enough = samples_needed(limit or 0.01, psi)
         assert enough is not None
-        assert chances(enough, psi, 0.0, limit or 0.01).passes >= 0.8
-        assert chances(int(enough * 0.9), psi, 0.0, limit or 0.01).passes < 0.85
+        assert chances(enough, psi, 0.0, limit or 0.01).passes >= PLANNED
+        assert chances(int(enough * 0.9), psi, 0.0, limit or 0.01).passes < 0.9
 
 
 def test_many_samples_are_a_normal_matter():
@@ -117,8 +120,17 @@ def test_graded_samples():
     second = first - 0.02 - random.normal(0, 0.05, 200)
     drop = paired_drop(first.tolist(), second.tolist())
     assert [decide(drop, limit) for limit in (0.0, drop.drop, 0.05)] == ["fail", "undecided", "pass"]
-    assert smallest_detectable(drop, 0.01) == pytest.approx(0.01 + 2.8016 * drop.sd / np.sqrt(200), rel=1e-4)
-    assert needed(drop, 0.01) == int(np.ceil((2.8016 * drop.sd / 0.01) ** 2))
+    drop = replace(drop, skew=0.0, kurtosis=3.0)
+    found = (smallest_detectable(drop, 0.01) - 0.01) * np.sqrt(200) / drop.sd  # in standard errors
+    assert found == pytest.approx(t.ppf(0.975, 199) + t.ppf(PLANNED, 199))
+    enough = needed(drop, 0.01)
+    assert enough == int(np.ceil(((t.ppf(0.975, enough - 1) + t.ppf(PLANNED, enough - 1)) * drop.sd / 0.01) ** 2))
+    # With two samples the interval is six times as wide.
+    assert 3 <= needed(drop, 3 * drop.sd) <= 6
+    # A long tail of losses asks for more samples to pass, a long tail of gains for a larger drop to fail.
+    lossy, lucky = (replace(drop, skew=skew, kurtosis=20.0) for skew in (3.0, -3.0))
+    assert needed(lossy, 0.01) > needed(lucky, 0.01) > enough
+    assert smallest_detectable(lucky, 0.01) > smallest_detectable(lossy, 0.01) > smallest_detectable(drop, 0.01)
     assert needed(drop, 0.0) is None
     assert decide(paired_drop([0.5], [0.5]), 1.0) == "undecided"
     assert smallest_detectable(paired_drop([0.5], [0.5])) is None
@@ -146,7 +158,7 @@ def test_error_rates_of_right_and_wrong_samples(n, psi, limit):
         rates[name] = (float(passes.mean()), float(fails.mean()))
     assert rates["harmless"][1] <= 0.05
     assert rates["harmless"][0] <= 0.05
-    assert rates["harmful"][1] >= 0.8 - 3 * np.sqrt(0.16 / 2000)
+    assert rates["harmful"][1] >= 0.8
 
 
 @pytest.mark.parametrize("n", [100, 400])
@@ -161,5 +173,6 @@ def test_error_rates_of_graded_samples(n):
     assert np.mean(lo > truth) <= 0.025 + margin
     assert np.mean(hi < truth) <= 0.05
     sd = np.sqrt(0.02**2 + 0.2 * 2 * 0.05**2 - (0.2 * 0.05) ** 2)
-    limit = truth - 2.8016 * sd / np.sqrt(n)  # so that the truth is the smallest detectable drop
-    assert np.mean(lo > limit) >= 0.8 - 3 * np.sqrt(0.16 / trials) - 0.02
+    # So that the truth is the smallest detectable drop.
+    limit = truth - (t.ppf(0.975, n - 1) + t.ppf(PLANNED, n - 1)) * sd / np.sqrt(n)
+    assert np.mean(lo > limit) >= 0.8
