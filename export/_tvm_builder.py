@@ -72,3 +72,23 @@ def loop(work: int, limit: int) -> Any:
     """The parallel loop, or the serial one where there is less work than `limit`."""
     b = ir()
     return b.parallel if work >= limit else b.serial
+
+
+@contextmanager
+def shares(work: int, limit: int, count: int) -> Iterator[tuple[Any, Any]]:
+    """One run of the units 0 to `count` for each worker thread: its first unit, and the one behind its last.
+
+    TVM gives every worker the same number of iterations; here there are as many iterations as workers, asked for when
+    the kernel runs. What is allocated inside lives through the whole run, so that a unit can use what the one before
+    it has prepared. With less `work` than `limit` there is one run, on the calling thread.
+    """
+    from tvm import tirx
+
+    b = ir()
+    if work < limit:
+        yield 0, count
+        return
+    workers = b.alloc_buffer((1,), "int32")
+    b.buffer_store(workers, tirx.call_packed("runtime.NumThreads").astype("int32"), [0])
+    with b.parallel(0, workers[0]) as worker:
+        yield worker * count // workers[0], (worker + 1) * count // workers[0]

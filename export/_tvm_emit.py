@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ._tvm_cuda_isa import CudaIsa
 from ._tvm_epilogue import Epilogue, Place
 from ._tvm_isa import Isa
-from ._tvm_kernels import Geometry, float_kernel, integer_kernel
+from ._tvm_kernel_set import kernels_of
+from ._tvm_kernels import Geometry
 from ._tvm_panels import Panels
 from ._tvm_products import Product
 
@@ -22,8 +24,8 @@ OPAQUE = 8  # TVM's OpPatternKind: never fused, so that codes exist in memory wh
 class Emitter:
     """Emits products into one Relax BlockBuilder; equal kernels become one function."""
 
-    def __init__(self, builder: Any, isa: Isa) -> None:
-        self.builder, self.isa = builder, isa
+    def __init__(self, builder: Any, isa: Isa | CudaIsa) -> None:
+        self.builder, self.kernels = builder, kernels_of(isa)
         self._kernels: dict[int, tuple[Any, Any]] = {}
         self._names: dict[str, str] = {}
         self._placed: dict[tuple[object, ...], Any] = {}
@@ -60,7 +62,8 @@ class Emitter:
         left = Place((batch, rows, panels.depth), (rows * panels.depth, 0, panels.depth, 0), "uint8")
         out = Place(shape, (rows * panels.n, 0, panels.n, 1), "int32")
         geometry = Geometry((batch, 1), rows, left, panels, product.byte_zero)
-        kernel = integer_kernel(self.isa, geometry, Epilogue(outputs=((-1, out),)))
+        geometry = self.kernels.geometry(geometry, product)
+        kernel = self.kernels.integer(geometry, Epilogue(outputs=((-1, out),)))
         function = self.add(kernel, geometry.name)
         self.name_kernel(product.name, function)
         parts = {"acc": self._call(function, [places, packed], shape, "int32")}
@@ -92,7 +95,7 @@ class Emitter:
             packed = params["packed"]
         else:
             packed = self._pack_floats(product, right)
-        kernel = float_kernel(self.isa, panels, product.batch, product.rows)
+        kernel = self.kernels.floats(panels, product.batch, product.rows)
         function = self.add(kernel, f"float_{product.batch}x{product.rows}x{panels.k}x{panels.n}")
         self.name_kernel(product.name, function)
         out = self._call(function, [place, packed], (product.batch, product.rows, panels.columns), "float32")

@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ._tvm_attention import panels_kernel, scores_kernel
 from ._tvm_emit import Emitter
 from ._tvm_epilogue import SIGNED_OFFSET, Epilogue, Place, Step
 from ._tvm_fusion import Unit, batch_of, strides_of
-from ._tvm_kernels import Geometry, integer_kernel, row_sums_kernel
+from ._tvm_kernels import Geometry
 from ._tvm_panels import Panels
 from ._tvm_products import Product
-from ._tvm_rows import layer_norm_kernel
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class UnitEmitter:
         if is_bytes:
             shape = (geometry.products, geometry.rows, geometry.panels.n)
         place = Place(shape, unit.layout, "uint8" if is_bytes else "float32")
-        kernel = integer_kernel(self.emitter.isa, geometry, Epilogue(operands, steps, ((number, place),)))
+        kernel = self.emitter.kernels.integer(geometry, Epilogue(operands, steps, ((number, place),)))
         out = self._call(kernel, geometry.name, product.name, [bytes_, panels, *given], [place])[0]
         if is_bytes:
             self._see(result, out, unit, steps[number - 1])
@@ -143,7 +141,7 @@ class UnitEmitter:
             for name, number in unit.results
         )
         epilogue = Epilogue(tuple(p for _, p in unit.operands), tuple(unit.steps), outputs)
-        kernel = layer_norm_kernel(rows, width, epsilon, epilogue)
+        kernel = self.emitter.kernels.layer_norm(rows, width, epsilon, epilogue)
         given = [self._reshaped(x, (rows, width)), *(values[name] for name, _ in unit.operands)]
         found = self._call(kernel, f"layer_norm_{rows}x{width}", "", given, [p for _, p in outputs])
         for (name, number), out in zip(unit.results, found, strict=True):
@@ -163,9 +161,15 @@ class UnitEmitter:
         operands, steps = epilogue
         code = replace(steps[-1], arguments=())
         depth = -(-product.panels.n // 8) * 8  # whole pairs of groups, whatever the next product reads
-        kernel = scores_kernel(self.emitter.isa, geometry, Epilogue(operands[:-1], steps[:-1], ()), code, depth)
+        before = Epilogue(operands[:-1], steps[:-1], ())
+        kernel, softmax = self.emitter.kernels.scores(geometry, before, code, depth)
         place = Place((geometry.products, geometry.rows, depth), (0, 0, 0, 0), "uint8")
-        out = self._call(kernel, f"{geometry.name}_softmax", product.name, given, [place])[0]
+        if softmax is None:
+            out = self._call(kernel, f"{geometry.name}_softmax", product.name, given, [place])[0]
+        else:
+            shape = (geometry.products, geometry.rows, product.panels.n)
+            scores = self._call(kernel, geometry.name, product.name, given[:-1], [Place(shape, (0, 0, 0, 0))])
+            out = self._call(softmax, f"softmax_codes_{'x'.join(map(str, shape))}", "", [*scores, given[-1]], [place])[0]
         name = unit.results[0][0]
         outer = product.out_batch
         strides = [geometry.rows * depth] * len(outer)
@@ -193,7 +197,7 @@ class UnitEmitter:
                 geometry.zero,
                 geometry.blocks,
             )
-            kernel = row_sums_kernel(self.emitter.isa, own)
+            kernel = self.emitter.kernels.row_sums(own)
             place = Place((geometry.products, geometry.blocks, geometry.rows), (0, 0, 0, 0), "int32")
             name = f"row_sums_{geometry.products}x{geometry.rows}x{panels.k}"
             self._sums[key] = self._call(kernel, name, "", [bytes_], [place])[0]
@@ -246,7 +250,7 @@ class UnitEmitter:
         source = Place(_shape(view.buffer), (strides[0], strides[1], strides[2], strides[3]), "uint8")
         key = (product.right, product.panels)
         if key not in self._panels:
-            kernel = panels_kernel(self.emitter.isa, batch_of(product), product.panels, source, 128)
+            kernel = self.emitter.kernels.panels(batch_of(product), product.panels, source, 128)
             products = int(np.prod(batch_of(product)))
             place = Place((products, *product.panels.shape), (0, 0, 0, 0), "int8")
             name = f"panels_{products}x{product.panels.k}x{product.panels.n}"

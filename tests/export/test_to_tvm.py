@@ -23,8 +23,9 @@ tvm = pytest.importorskip("tvm")
 from s2d_deploy.export import _tvm_math as fast  # noqa: E402, TID251
 from s2d_deploy.export import to_tvm  # noqa: E402, TID251
 from s2d_deploy.export._tvm_epilogue import Epilogue, Place, Step  # noqa: E402, TID251
+from s2d_deploy.export._tvm_integer import integer_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_isa import isa_of, required_features, resolve_target  # noqa: E402, TID251
-from s2d_deploy.export._tvm_kernels import Geometry, float_kernel, integer_kernel  # noqa: E402, TID251
+from s2d_deploy.export._tvm_kernels import Geometry, float_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_panels import Panels, panel_width  # noqa: E402, TID251
 from s2d_deploy.export._tvm_rows import layer_norm_kernel, softmax_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_static import dynamic_names, fix_dimensions  # noqa: E402, TID251

@@ -22,8 +22,9 @@ from s2d_deploy.export._tvm_attention import panels_kernel, scores_kernel  # noq
 from s2d_deploy.export._tvm_epilogue import Epilogue, Place, Step  # noqa: E402, TID251
 from s2d_deploy.export._tvm_fusion import find_units, strides_of  # noqa: E402, TID251
 from s2d_deploy.export._tvm_import import _live  # noqa: E402, TID251
+from s2d_deploy.export._tvm_integer import integer_kernel, row_sums_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_isa import isa_of, required_features, resolve_target  # noqa: E402, TID251
-from s2d_deploy.export._tvm_kernels import Geometry, integer_kernel, row_sums_kernel  # noqa: E402, TID251
+from s2d_deploy.export._tvm_kernels import Geometry  # noqa: E402, TID251
 from s2d_deploy.export._tvm_panels import Panels, panel_width  # noqa: E402, TID251
 from s2d_deploy.export._tvm_products import lower_product, token_operands  # noqa: E402, TID251
 from s2d_deploy.export._tvm_static import fix_dimensions  # noqa: E402, TID251

@@ -29,8 +29,9 @@ from s2d_deploy.export import _tvm_isa, to_tvm  # noqa: E402, TID251
 from s2d_deploy.export import _tvm_math as fast  # noqa: E402, TID251
 from s2d_deploy.export._tvm_attention import panels_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_epilogue import Epilogue, Place, Step  # noqa: E402, TID251
+from s2d_deploy.export._tvm_integer import integer_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_isa import isa_of, required_features, resolve_target  # noqa: E402, TID251
-from s2d_deploy.export._tvm_kernels import Geometry, integer_kernel  # noqa: E402, TID251
+from s2d_deploy.export._tvm_kernels import Geometry  # noqa: E402, TID251
 from s2d_deploy.export._tvm_link import linker_of  # noqa: E402, TID251
 from s2d_deploy.export._tvm_multiply import NARROW_RUNS  # noqa: E402, TID251
 from s2d_deploy.export._tvm_panels import Panels, panel_width  # noqa: E402, TID251
