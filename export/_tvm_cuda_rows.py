@@ -71,9 +71,14 @@ def softmax_kernel(rows: int, width: int) -> Any:
 
 
 @lru_cache(maxsize=512)
-def softmax_codes_kernel(rows: int, width: int, code: Step, depth: int) -> Any:
-    """``(rows, width)`` scores, the quantizer's scale -> bytes ``(rows, depth)``; those beyond `width` are 0."""
+def softmax_codes_kernel(shape: tuple[int, int, int], code: Step, depth: int) -> Any:
+    """Scores ``(products, rows, width)``, the quantizer's scale -> bytes ``(products, rows, depth)``.
+
+    Bytes beyond `width` are 0.
+    """
     from tvm import tirx
+
+    rows, width = shape[0] * shape[1], shape[2]
 
     def body(x: Any, scale: Any, o: Any) -> None:
         with _row(rows) as (row, lane):
@@ -86,11 +91,13 @@ def softmax_codes_kernel(rows: int, width: int, code: Step, depth: int) -> Any:
 
             _each(ir(), width, lane, element)
             if depth > width:
-                rest = depth - width
-                store_zero = lambda at: ir().buffer_store(o, tirx.const(0, "uint8"), [row * depth + width + at])  # noqa: E731
-                _each(ir(), rest, lane, store_zero)
 
-    arguments = [("x", (rows, width), "float32"), ("scale", (), "float32"), ("o", (rows, depth), "uint8")]
+                def clear(at: Any) -> None:
+                    ir().buffer_store(o, tirx.const(0, "uint8"), [row * depth + width + at])
+
+                _each(ir(), depth - width, lane, clear)
+
+    arguments = [("x", shape, "float32"), ("scale", (), "float32"), ("o", (*shape[:2], depth), "uint8")]
     return prim_func(arguments, body)
 
 

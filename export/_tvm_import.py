@@ -22,7 +22,6 @@ from ._tvm_emit import Emitter
 from ._tvm_epilogue import Epilogue, Place, Step
 from ._tvm_fusion import Unit, find_units
 from ._tvm_products import Product, Stored
-from ._tvm_rows import layer_norm_kernel, softmax_kernel
 from ._tvm_static import StaticGraph
 from ._tvm_units import UnitEmitter
 
@@ -256,7 +255,7 @@ class GraphImporter:
         values = attributes(node)
 
         def code(x: Any, s: Any, z: Any) -> Any:
-            rounded = fast.nearbyint(x / s) + z
+            rounded = self.emitter.kernels.nearbyint(x / s) + z
             clamped = tirx.max(tirx.min(rounded, tirx.const(float(high), "float32")), tirx.const(float(low), "float32"))
             return clamped.astype("int32").astype(dtype)
 
@@ -307,7 +306,7 @@ class GraphImporter:
         column, whole = Place((width,), (0, 0, 0, 1)), Place((rows, width), (0, 0, width, 1))
         steps = (Step("Mul", (("value", 0), ("operand", 0))), Step("Add", (("value", 1), ("operand", 1))))
         epilogue = Epilogue((column, column), steps, ((2, whole),))
-        kernel = layer_norm_kernel(rows, width, float(values.get("epsilon", 1e-5)), epilogue)
+        kernel = self.emitter.kernels.layer_norm(rows, width, float(values.get("epsilon", 1e-5)), epilogue)
         flat = [self._flat(inputs[0], (rows, width)), self._flat(inputs[1], (width,)), self._flat(bias, (width,))]
         return [self._flat(self._kernel(kernel, f"layer_norm_{rows}x{width}", flat, (rows, width)), shape)]
 
@@ -319,7 +318,7 @@ class GraphImporter:
         flat = self._flat(inputs[0], (rows, width))
         return [
             self._flat(
-                self._kernel(softmax_kernel(rows, width), f"softmax_{rows}x{width}", [flat], (rows, width)), shape
+                self._kernel(self.emitter.kernels.softmax(rows, width), f"softmax_{rows}x{width}", [flat], (rows, width)), shape
             )
         ]
 

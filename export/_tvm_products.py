@@ -58,7 +58,7 @@ class Product:
         left_shape, right_shape, out_shape: of the graph values.
         batch, rows: of the product, see the module.
         panels: geometry of the right operand.
-        left_signed, left_zero: of the left codes.
+        left_signed, left_zero, left_small: of the left codes; small are 4-bit codes.
         right_signed, right_small, right_zero: of the right codes where they are an activation; small are 4-bit codes.
         blocks: how many blocks of K have scales of their own; 1 otherwise.
         window: of a convolution.
@@ -80,6 +80,7 @@ class Product:
     panels: Panels
     left_signed: bool = True
     left_zero: int = 0
+    left_small: bool = False
     right_signed: bool = True
     right_small: bool = False
     right_zero: int = 0
@@ -237,6 +238,7 @@ def lower_product(
         panels=panels,
         left_signed=left is None or not left.storage.startswith("U"),
         left_zero=int(left.zero_point) if reads_codes and left is not None else 0,
+        left_small=left is not None and left.storage.endswith("INT4"),
         right_signed=contraction.right is None or not contraction.right.storage.startswith("U"),
         right_small=contraction.right is not None and contraction.right.storage.endswith("INT4"),
         right_zero=int(contraction.right.zero_point)
