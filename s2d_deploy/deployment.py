@@ -21,6 +21,7 @@ from s2d_deploy.console import Step
 from s2d_deploy.errors import RecipeError, S2DDeployError, StageError, UnavailableError, UnsupportedError, message
 from s2d_deploy.evaluate import outputs
 from s2d_deploy.host import cpu_model
+from s2d_deploy.judge import UNTIMED
 from s2d_deploy.latency import DeviceClock, LatencyStats, measure, ratio
 from s2d_deploy.parity import output_parity, top1_flips
 from s2d_deploy.pipeline import Pipeline
@@ -35,7 +36,6 @@ from s2d_deploy.verify import end_to_end_codes, teacher_forced
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-UNTIMED = ("reference",)
 
 
 class Deployment:

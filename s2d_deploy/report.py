@@ -73,6 +73,13 @@ def assemble(
     return plain
 
 
+def with_gates(report: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The document with other gates, and the verdict that follows from them."""
+    document = to_json({**report, "gates": gates, "verdict": overall_verdict([str(g["verdict"]) for g in gates])})
+    validate(document)
+    return document
+
+
 def to_json(document: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `document` with JSON types only: NumPy scalars and arrays, paths and tuples converted.
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2d_deploy.deployment import UNTIMED, Deployment, Row
+from s2d_deploy.deployment import Deployment, Row
 from s2d_deploy.errors import exit_code_of
-from s2d_deploy.gate import GateLimits, GateVerdict, evaluate, exit_code, overall
+from s2d_deploy.files import digest
+from s2d_deploy.gate import GateVerdict, exit_code, overall
 from s2d_deploy.host import host_facts, versions
+from s2d_deploy.judge import gates
 from s2d_deploy.models import parameters
 from s2d_deploy.pipeline import Pipeline
 from s2d_deploy.precision import BASELINE
-from s2d_deploy.recipe import Recipe
 from s2d_deploy.report import assemble, write_reports
 from s2d_deploy.store import read_json
 
@@ -73,42 +74,6 @@ def run(
     return Outcome(document, files, code, tuple(errors))
 
 
-def gates(recipe: Recipe, rows: Sequence[Mapping[str, Any]]) -> list[GateVerdict]:
-    """Judge rows by the recipe's limits, precision by precision (a limit may differ between them)."""
-    required = [t.name for t in recipe.targets if t.required]
-    verdicts: list[GateVerdict] = []
-    for precision in recipe.quantize.precisions:
-        limits = recipe.gates.limits_for(precision)
-        chosen = [r for r in rows if r["precision"] in (precision, BASELINE)]
-        timed = [r for r in chosen if r["target"] not in UNTIMED]
-        found: list[GateVerdict] = []
-        for part, keep in ((timed, True), ([r for r in chosen if r["target"] in UNTIMED], False)):
-            if not part:
-                continue
-            # The integer reference has no latency to judge.
-            mine = limits if keep else limits | {"latency_ratio": None}
-            present = {r["target"] for r in part}
-            found += evaluate(
-                part,
-                GateLimits.from_dict(mine),
-                # What was measured is held to every limit, whether or not the recipe requires it to be there.
-                required=dict.fromkeys([*(name for name in required if name in present), *_measured(part)]),
-                precisions=[precision],
-            )
-        # A limit that one part could not judge was judged by the other: only what neither holds is undecided.
-        held = {v.name for v in found if v.target != "*"}
-        verdicts += [v for v in found if (v.target != "*" or v.name not in held) and v not in verdicts]
-    # The baseline is read beside every precision; it is not itself on trial.
-    places = {t.name: i for i, t in enumerate(recipe.targets)}
-    order = {p: i for i, p in enumerate(recipe.quantize.precisions)}
-    judged = [v for v in verdicts if v.precision != BASELINE]
-    return sorted(judged, key=lambda v: (places.get(v.target, len(places)), order.get(v.precision, len(order))))
-
-
-def _measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    return sorted({str(r["target"]) for r in rows if r["status"] == "measured" and r["precision"] != BASELINE})
-
-
 def document_of(
     pipeline: Pipeline, rows: Sequence[Row], verdicts: Sequence[GateVerdict], command: Sequence[str] | None
 ) -> dict[str, Any]:
@@ -140,4 +105,12 @@ def document_of(
         gates=[v.to_dict() for v in verdicts],
         ranges=pipeline.ranges() if len(pipeline.precisions) > 1 else [],
         errors=pipeline.error_analyses(),
+        data=data_of(pipeline),
     )
+
+
+def data_of(pipeline: Pipeline) -> dict[str, Any]:
+    """What the samples were judged on: reports with an equal digest can be compared sample by sample."""
+    data = pipeline.data
+    tested = {k: v for k, v in data.fingerprint.items() if k not in ("train", "calibration")}
+    return {"samples": data.test.size, "sha256": digest(tested)}

@@ -12,10 +12,11 @@ from command_line import TINY, Finished
 from s2d_deploy.console import Display
 from s2d_deploy.deployment import Deployment
 from s2d_deploy.errors import DeviceUnavailable, RuntimeUnavailable, StageError, UnavailableError, UnsupportedError
+from s2d_deploy.judge import gates
 from s2d_deploy.pipeline import Pipeline
 from s2d_deploy.recipe import parse_recipe
 from s2d_deploy.registry import load_runtime, load_target
-from s2d_deploy.run import gates, run
+from s2d_deploy.run import run
 from s2d_deploy.store import RunFolder, read_json
 
 
