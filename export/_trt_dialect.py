@@ -14,6 +14,7 @@ with codes that stay exact:
 - **Weights of 4 bits stay INT4** for MatMul: TensorRT keeps them packed and casts them to INT8 in front of the
   product. A Conv takes no INT4 weights, so its codes are stored one in each byte.
 - **A per-token scale** moves behind its product, which then runs on codes.
+- **NVFP4** is in `_trt_fp4`, the float part in 16 bits in `_trt_compute`, attention as one kernel in `_trt_attention`.
 
 Lost: TensorRT's quantizer multiplies by the rounded reciprocal of the scale where ONNX divides, so a value within an
 ULP of a rounding boundary may get the neighbouring code.
@@ -35,6 +36,8 @@ from onnx import helper, numpy_helper
 from s2d_deploy.errors import UnsupportedError, message
 from s2d_deploy.qgraph import attributes, load_model, metadata
 from s2d_deploy.session import as_codes
+
+from ._trt_fp4 import is_fp4, to_tensorrt
 
 CODES = {"INT4": (-8, 7), "UINT4": (0, 15), "INT8": (-128, 127), "UINT8": (0, 255)}  # container -> its codes
 INT8_MIN, INT8_MAX = CODES["INT8"]
@@ -114,6 +117,7 @@ def write_dialect(source: Path, target: Path) -> onnx.ModelProto:
     model = to_dialect(load_model(source))
     target.parent.mkdir(parents=True, exist_ok=True)
     model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    to_tensorrt(model)
     onnx.checker.check_model(model, full_check=False)
     save(model, target)
     return model
@@ -160,7 +164,7 @@ def _move_token_scales(g: _Graph) -> None:
 
 def _weights(g: _Graph) -> None:
     for node in g.model.graph.node:
-        if node.op_type != "DequantizeLinear" or node.input[0] not in g.stored:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in g.stored or is_fp4(g.stored[node.input[0]]):
             continue
         site = _site(node)
         if not _usable(g, site, g.array(node.input[1])):

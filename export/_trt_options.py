@@ -21,6 +21,9 @@ class Options:
     """Options of the target.
 
     Attributes:
+        compute: type of the float part (`_trt_compute`); ``auto`` is fp16 for weight-only precisions, else fp32.
+        attention: ``exact`` keeps the plan's codes of the probabilities; ``fused`` lets TensorRT make one kernel of
+            attention, with other codes there (`_trt_attention`).
         compute_capabilities: GPUs that the engine is for, as ``"8.6"``, or ``"current"`` for the one that is here.
             The default is what TensorRT-RTX itself takes: Ampere, Ada and Blackwell.
         batch: smallest, most frequent and largest batch.
@@ -39,6 +42,8 @@ class Options:
     batch: Range = (1, 8, 32)
     batch_sizes: tuple[int, ...] = ()
     dimensions: Mapping[str, Range] = field(default_factory=dict)
+    compute: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    attention: Literal["exact", "fused"] = "exact"
     weight_storage: Literal["int4", "int8"] = "int4"
     workspace_mb: int | None = None
     tf32: bool = False
@@ -187,6 +192,8 @@ def _seconds(value: Any) -> float:
 
 _CHECKS: dict[str, Any] = {
     "compute_capabilities": _capabilities,
+    "compute": _one_of("auto", "fp32", "fp16", "bf16"),
+    "attention": _one_of("exact", "fused"),
     "batch": _range,
     "batch_sizes": _sizes,
     "dimensions": _ranges,

@@ -17,10 +17,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
+from onnx import numpy_helper
 
 from s2d_deploy import __version__
 from s2d_deploy.errors import ArtifactError, RuntimeUnavailable, S2DDeployError, UnsupportedError, message
@@ -30,9 +32,12 @@ from s2d_deploy.runtimes import _trt_package as package
 from s2d_deploy.runtimes._trt_layers import audit_layers, low_bit_bytes, parse_layers
 from s2d_deploy.session import Artifact, Progress
 
+from ._trt_attention import fuse_attention
 from ._trt_build import compile_engine
+from ._trt_compute import Compute, to_compute
 from ._trt_dialect import save, widen_weights, write_dialect
-from ._trt_options import Options
+from ._trt_fp4 import uses_fp4, with_fp4
+from ._trt_options import KEY, Options
 
 DIALECT = "model.onnx"
 DESCRIPTION = "engine.json"
@@ -95,20 +100,27 @@ class TensorRTTarget:
             raise RuntimeUnavailable(message("TensorRT is not installed", fix=package.INSTALL))
         folder.mkdir(parents=True, exist_ok=True)
         model = load_model(dialect)
+        notes = []
+        if uses_fp4(model):
+            chosen, left_out = _only_fp4(chosen)
+            notes += [f"built without {', '.join(left_out)}: FP4 begins with Blackwell (10.0)"] if left_out else []
+        if chosen.attention == "fused" and (sites := fuse_attention(model)):
+            notes.append(
+                f"attention as one kernel: {len(sites)} site(s) have another step than the plan's: {sites[0]}, .."
+            )
+        compute = compute_of(chosen.compute, precision)
+        to_compute(model, compute)
         if chosen.weight_storage == "int8":
-            model = widen_weights(model)
-            dialect = folder / DIALECT
-            save(model, dialect)
-        elif dialect.resolve() != (folder / DIALECT).resolve():
-            dialect = folder / DIALECT
-            save(model, dialect)
+            widen_weights(model)
+        dialect = folder / DIALECT
+        save(model, dialect)
         engine = folder / ("model.engine.xz" if chosen.compress else "model.engine")
         progress(f"tensorrt: building for compute capability {', '.join(chosen.compute_capabilities)}")
         answer = compile_engine(model, dialect, engine, chosen)
-        description = _describe(model, answer, chosen, precision)
+        description = _describe(model, answer, chosen, precision, compute, notes)
         write_json(folder / DESCRIPTION, description)
         progress(f"tensorrt: built in {answer['seconds']:.1f} s, {engine.stat().st_size} bytes")
-        keys = ("package", "version", "compute_capabilities", "batch", "engine_bytes", "audit")
+        keys = ("package", "version", "compute_capabilities", "batch", "compute", "engine_bytes", "audit")
         info = {key: description[key] for key in keys}
         if description["weight_size_bytes"] is not None:
             info["weight_size_bytes"] = description["weight_size_bytes"]
@@ -119,20 +131,50 @@ class TensorRTTarget:
 TARGET = TensorRTTarget()
 
 
-def _describe(model: onnx.ModelProto, answer: Mapping[str, Any], options: Options, precision: str) -> dict[str, Any]:
+def compute_of(wanted: str, precision: str) -> Compute:
+    """The float part's type: ``auto`` is fp16 where a precision says that activations have 16 bits, else fp32."""
+    if wanted == "auto":
+        return "fp16" if precision.endswith("a16") else "fp32"
+    return cast(Compute, wanted)
+
+
+def _only_fp4(options: Options) -> tuple[Options, list[str]]:
+    """Options for the capabilities that have FP4, and the others.
+
+    Raises:
+        UnsupportedError: none has.
+    """
+    has, has_not = with_fp4(options.compute_capabilities)
+    if not has:
+        raise UnsupportedError(
+            message(
+                f"{KEY}.compute_capabilities: none of {', '.join(has_not)} has FP4",
+                expected="12.0 or 12.1 (Blackwell) for nvfp4",
+                fix="add 12.0, or use w4a4, which runs there as INT8 with 4-bit codes",
+            )
+        )
+    return replace(options, compute_capabilities=tuple(has)), has_not
+
+
+def _describe(
+    model: onnx.ModelProto,
+    answer: Mapping[str, Any],
+    options: Options,
+    precision: str,
+    compute: Compute,
+    notes: Sequence[str],
+) -> dict[str, Any]:
     """The artifact's ``engine.json``: what it is, what it is for, what its compiled layers are."""
-    dequantizers = {o: n.name for n in model.graph.node if n.op_type == "DequantizeLinear" for o in n.output}
-    found = contractions(model)
+    stored = {t.name: t for t in model.graph.initializer}
+    weights = {n.output[0]: n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored}
     ops = [
         {
             "name": c.node.name,
             "macs": c.macs,
             "declared": c.declared,
-            "weight": dequantizers.get(c.node.input[1], "")
-            if c.right is not None and c.right.stored is not None
-            else "",
+            "weight": weights[c.node.input[1]].name if c.node.input[1] in weights else "",
         }
-        for c in found
+        for c in contractions(model)
     ]
     layers = parse_layers(answer["layers"])
     evidence = (
@@ -147,8 +189,10 @@ def _describe(model: onnx.ModelProto, answer: Mapping[str, Any], options: Option
                 fix=package.INSTALL,
             )
         )
-    scales = sum(4 * c.right.scale.size for c in found if c.right is not None and c.right.stored is not None)
+    # Scales of integer codes, as they lie in the file; FP4's block scales are among the engine's low-bit constants.
+    scales = sum(numpy_helper.to_array(stored[n.input[1]]).nbytes for n in weights.values() if n.input[1] in stored)
     codes = low_bit_bytes(layers)
+    audit = audit_layers(layers, ops, evidence)
     return {
         "format": FORMAT,
         "s2d_deploy": __version__,
@@ -164,8 +208,10 @@ def _describe(model: onnx.ModelProto, answer: Mapping[str, Any], options: Option
         "engine_bytes": answer["engine_bytes"],
         "weight_size_bytes": codes + scales if scales else None,
         "tf32": options.tf32,
+        "compute": compute,
+        "build_seconds": round(answer["seconds"], 1),
         "ops": ops,
-        "audit": audit_layers(layers, ops, evidence).to_dict(),
+        "audit": replace(audit, notes=(*notes, *audit.notes)).to_dict(),
     }
 
 

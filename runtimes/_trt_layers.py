@@ -35,8 +35,10 @@ _PRECISION = {
     "Half": "float16",
     "BFloat16": "bfloat16",
     "FP8": "fp8",
+    "FP4E2M1": "nvfp4",
 }
-_LOW_BIT = ("Int4", "Int8")
+_LOW_BIT = ("Int4", "Int8", "FP4E2M1")
+_FP4 = "FP4E2M1"
 UNSEEN = "unseen"  # an op that the list does not show; counts as not executed on integers
 
 
@@ -117,8 +119,11 @@ def audit_layers(layers: Sequence[Layer], ops: Sequence[Mapping[str, Any]], evid
 
 
 def low_bit_bytes(layers: Sequence[Layer]) -> int:
-    """Bytes of the integer constants that the engine's list shows: packed 4-bit codes count half a byte."""
-    bits = {"Int4": 4, "Int8": 8}
+    """Bytes of the low-bit constants that the engine's list shows: packed 4-bit codes count half a byte.
+
+    FP8 constants are NVFP4's block scales, with the padding that the kernel's layout has.
+    """
+    bits = {"Int4": 4, "Int8": 8, _FP4: 4, "FP8": 8}
     total = 0
     for layer in layers:
         for constant in layer.constants:
@@ -141,8 +146,14 @@ def _computing(layers: Sequence[Layer], name: str) -> Layer | None:
 
 
 def _precision(layer: Layer) -> str:
-    """Integers when both operands are; otherwise the float type that takes part."""
+    """Integers, or FP4, when both operands are; otherwise the float type that takes part."""
     operands = [t for t in layer.inputs + layer.constants if t.matrix]
+    fp4 = [t for t in operands if t.type == _FP4]
+    if len(fp4) >= 2:  # the others are block scales
+        return _PRECISION[_FP4]
+    if fp4:
+        rest = [t.type for t in layer.inputs if t.type in ("Half", "BFloat16", "Float")]
+        return _PRECISION[rest[0]] if rest else UNSEEN
     types = [layer.inputs[0].type if layer.inputs else "", *(t.type for t in operands[:2])]
     if "mha" in layer.name:
         types = [t.type for t in operands]
@@ -153,6 +164,8 @@ def _precision(layer: Layer) -> str:
 
 
 def _rung(layers: Sequence[Layer], op: Mapping[str, Any], precision: str) -> Rung:
+    if precision == _PRECISION[_FP4]:
+        return "native"
     if precision == "int8":
         return "native" if op["declared"] == "W8A8" else "emulated"
     stored = any(op["weight"] in la.nodes and any(c.type in _LOW_BIT for c in la.constants) for la in layers)

@@ -350,7 +350,7 @@ def test_a_dynamic_dimension_needs_a_range():
         ("w8a8", "native", {"int8"}),
         ("w4a8", "emulated", {"int8"}),
         ("w4a4", "emulated", {"int8"}),
-        ("w4a16", "weight-only", {"float32"}),
+        ("w4a16", "weight-only", {"float16"}),
     ],
 )
 def test_engine_is_built_and_audited_without_a_gpu(precision, rung, executed):
