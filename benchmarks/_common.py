@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from s2d_deploy.conditions import busy_cores
 from s2d_deploy.errors import RecipeError, S2DDeployError, exit_code_of, message
 from s2d_deploy.files import write_json
 from s2d_deploy.host import host_facts, usable_cores, versions
@@ -98,7 +99,7 @@ class Record:
         self.command = shlex.join(command if command is not None else ["python", *sys.argv])
         self.started = datetime.now(UTC)
         self._clock = time.perf_counter()
-        self.busy_cores = busy_cores()
+        self.busy_cores = busy_cores(_BUSY_WINDOW_SECONDS)
         if self.busy_cores > _BUSY * usable_cores():
             print(
                 f"note: other processes use {self.busy_cores:.2f} of {usable_cores()} cores: "
@@ -130,19 +131,6 @@ class Record:
         path = next(folder / name for name in names if not (folder / name).exists())
         write_json(path, self.document(figures, data))
         return path
-
-
-def busy_cores(seconds: float = _BUSY_WINDOW_SECONDS) -> float:
-    """How many cores other processes used during the last `seconds`, waited for here; 0 where unknown."""
-    try:
-        import psutil  # type: ignore[import-untyped]
-
-        mine = sum(os.times()[:2])
-        percent = psutil.cpu_percent(interval=seconds)
-        mine = sum(os.times()[:2]) - mine
-        return max(0.0, float(percent) / 100 * (psutil.cpu_count() or 1) - mine / seconds)
-    except Exception:  # a fact about the machine, never a reason to fail
-        return 0.0
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import ctypes
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from s2d_deploy import peak as peak_module
 from s2d_deploy.errors import ArtifactError, RecipeError, RuntimeUnavailable
 from s2d_deploy.grid import Grid, PerAxis
 from s2d_deploy.latency import LatencyStats, measure
@@ -153,21 +155,21 @@ def test_rates_and_shares() -> None:
     assert _peak.share_of_peak(2_000_000_000, 10.0, 400.0) == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("kind", _peak.KINDS)
+@pytest.mark.parametrize("kind", peak_module.KINDS)
 def test_register_loop_does_what_it_counts(kind: str, tmp_path: Path) -> None:
     """The INT8 loop multiplies ones, so its sum is the number of multiply-accumulates that it claims."""
-    library = _peak._compiled(tmp_path)
-    if library is None or not _peak._text(library, f"{kind}_name"):
+    library = peak_module.compiled(tmp_path)
+    if library is None or not peak_module.text_of(library, f"{kind}_name"):
         pytest.skip(f"no C compiler, or no {kind} vector instruction that the loop knows")
-    macs, loop = _peak._number(library, f"{kind}_macs"), getattr(library, f"{kind}_peak")
-    loop.argtypes, loop.restype = [_peak.ctypes.c_int64], _peak.ctypes.c_int64
+    macs, loop = peak_module.number_of(library, f"{kind}_macs"), getattr(library, f"{kind}_peak")
+    loop.argtypes, loop.restype = [ctypes.c_int64], ctypes.c_int64
     assert macs % 16 == 0
     if kind == "int8":
         assert loop(1000) == 1000 * macs
         assert loop(0) == 0
 
 
-@pytest.mark.parametrize("kind", _peak.KINDS)
+@pytest.mark.parametrize("kind", peak_module.KINDS)
 def test_peak_without_a_compiler_is_a_lower_bound(kind: Any) -> None:
     pytest.importorskip("onnxruntime")
     peak = _peak._measured(kind, 1, None)

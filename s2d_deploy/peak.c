@@ -1,4 +1,4 @@
-/* The arithmetic ceiling of this CPU: multiply-accumulates on registers only, no memory.
+/* The ceilings of this CPU: multiply-accumulates on registers only, and a sum over memory.
  *
  * Each function does `rounds` rounds of CHAINS independent vector operations (enough to hide the latency of any
  * known core) and returns something that depends on all of them, so that nothing can be left out.
@@ -115,3 +115,16 @@ const char *fp32_name(void) { return ""; }
 int64_t fp32_macs(void) { return 0; }
 int64_t fp32_peak(int64_t rounds) { return rounds; }
 #endif
+
+/* Reads every element once; several sums, so that none waits for the one before. */
+int64_t read_sum(const int64_t *data, int64_t count) {
+  int64_t sums[8] = {0};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    for (int j = 0; j < 8; j++) sums[j] += data[i + j];
+  }
+  int64_t sum = 0;
+  for (int j = 0; j < 8; j++) sum += sums[j];
+  for (; i < count; i++) sum += data[i];
+  return sum;
+}
