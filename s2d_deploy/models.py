@@ -5,6 +5,7 @@ Checkpoints are safetensors only; a checkpoint that exists only as a pickle is r
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import shutil
@@ -150,6 +151,21 @@ def companion_files(source: str | None) -> dict[str, Path]:
             return {}
         home = Path(config).parent
     return {name: home / name for name in COMPANIONS if (home / name).is_file()}
+
+
+@contextmanager
+def config_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Take back what running the model does to its config: transformers notes there which loss it has computed.
+
+    A checkpoint would otherwise tell whether its training was resumed when no step was left.
+    """
+    config = getattr(module, "config", None)
+    fields = getattr(config, "__dict__", None)
+    kept = copy.deepcopy(fields)
+    yield
+    if fields is not None and kept is not None:
+        fields.clear()
+        fields.update(kept)
 
 
 def load_state(module: nn.Module, path: Path) -> None:

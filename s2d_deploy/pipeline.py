@@ -36,7 +36,14 @@ from s2d_deploy.errors import DataError, RecipeError, message
 from s2d_deploy.evaluate import Score, outputs, score, torch_run
 from s2d_deploy.files import digest
 from s2d_deploy.follow import tell
-from s2d_deploy.models import LoadedModel, companion_files, load_model, save_checkpoint, save_companions
+from s2d_deploy.models import (
+    LoadedModel,
+    companion_files,
+    config_as_it_was,
+    load_model,
+    save_checkpoint,
+    save_companions,
+)
 from s2d_deploy.observers import Histogram
 from s2d_deploy.one_shot_stage import condition_one_shot
 from s2d_deploy.plan import Op, Plan
@@ -247,7 +254,8 @@ class Pipeline:
                 return {"method": "none"}
             tell({"train": True, "checkpoint": str(self.train().folder) if self.recipe.train else None})
             told.append(True)
-            result = self._train_conditioned(step, self._resumed_from(key))
+            with config_as_it_was(module):
+                result = self._train_conditioned(step, self._resumed_from(key))
             save_checkpoint(module, folder)
             if result.learned_plan is not None:
                 result.learned_plan.save(folder)
