@@ -43,6 +43,10 @@ class _Cut:
         self.model = model
         self.producers = {name: node for node in model.graph.node for name in node.output}
         self.stored = initializers(model)
+        self.constant = set(self.stored)  # values that no input reaches; producers stand before consumers
+        for node in model.graph.node:
+            if all(name in self.constant for name in node.input if name):
+                self.constant.update(node.output)
         found = [
             n for n in model.graph.node if n.op_type in ("MatMul", "Conv") and metadata(n).get("s2d.op", n.name) == op
         ]
@@ -51,7 +55,7 @@ class _Cut:
         self.node = found[0]
 
     def made(self, shapes: Sequence[Sequence[int]]) -> onnx.ModelProto:
-        cuts = list(dict.fromkeys(self._cut(v) for v in self.node.input[:2] if not self._constant(v)))
+        cuts = list(dict.fromkeys(self._cut(v) for v in self.node.input[:2] if v not in self.constant))
         end = self._end()
         nodes = self._between(end, set(cuts))
         names = dict(zip([*cuts, end], [*("left", "right")[: len(cuts)], "y"], strict=True))
@@ -78,12 +82,6 @@ class _Cut:
         result.ir_version = self.model.ir_version
         result.metadata_props.extend(self.model.metadata_props)
         return onnx.shape_inference.infer_shapes(result, check_type=True, strict_mode=True)
-
-    def _constant(self, value: str) -> bool:
-        if value in self.stored:
-            return True
-        node = self.producers.get(value)
-        return node is not None and all(self._constant(name) for name in node.input if name)
 
     def _cut(self, value: str) -> str:
         """The float tensor in front of the quantizer of `value`; itself where there is none."""
