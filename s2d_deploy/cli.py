@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from s2d_deploy import __version__
-from s2d_deploy.cli_options import debug_option, device_option, model_options, recipe_options
+from s2d_deploy.cli_options import debug_option, device_option, gate_options, model_options, recipe_options
 from s2d_deploy.errors import EXIT_GATE_FAILED, EXIT_UNAVAILABLE, EXIT_USER_ERROR, S2DDeployError, exit_code_of
 from s2d_deploy.interrupts import remember_interrupts
 
@@ -442,15 +442,62 @@ def _measure(as_json: bool, options: dict[str, Any], *, bench: bool) -> None:
 
 @cli.command(short_help="Judge the run by the recipe's limits; the exit code says.")
 @recipe_options
-def gate(as_json: bool, **options: Any) -> None:
+@gate_options
+def gate(
+    as_json: bool,
+    baseline: Path | None,
+    write: bool,
+    tolerance: float | None,
+    slower: float | None,
+    junit: Path | None,
+    summary: Path | None,
+    **options: Any,
+) -> None:
     """Judge the run by the recipe's limits; exit code 0 pass, 1 fail or undecided.
 
     Limits stand in the recipe under gates; a key left out makes no gate. Whatever the verdict, the report is written.
+    RECIPE may be a finished run, too (its folder, or a report.json): then nothing is run, and its figures are judged.
 
     \b
-    Example: s2d-deploy gate my.yaml --set gates.accuracy_drop=1.0 --update
+    Examples:
+      s2d-deploy gate my.yaml --set gates.accuracy_drop=1.0 --update
+      s2d-deploy gate my.yaml --baseline baseline.json --write    commit the file
+      s2d-deploy gate my.yaml --baseline baseline.json            later: no worse than that, sample by sample
+      s2d-deploy gate runs/mine --set gates.accuracy_drop=0.5 --junit junit.xml
     """
-    _finish(as_json, options)
+    from s2d_deploy.gating import BaselineOptions
+    from s2d_deploy.judge import is_report
+
+    against = BaselineOptions(baseline, write, tolerance, slower)
+    against.check()
+    if is_report(options["recipe"]):
+        _judge_report(as_json, options, against, junit, summary)
+    else:
+        _finish(as_json, options, against=against, junit=junit, summary=summary)
+
+
+def _judge_report(
+    as_json: bool, options: dict[str, Any], against: Any, junit: Path | None, summary: Path | None
+) -> None:
+    from s2d_deploy.errors import RecipeError, message
+    from s2d_deploy.gate import exit_code
+    from s2d_deploy.gating import apply_baseline, write_files
+    from s2d_deploy.judge import judged_again
+    from s2d_deploy.report import read_report
+
+    ignored = [n for n in ("output", "precisions", "targets", "threads", "update") if options[n]]
+    if ignored:
+        raise RecipeError(
+            message(
+                f"{options['recipe']} is a finished run: nothing is run",
+                found=", ".join(ignored),
+                fix="leave these options out, or give the recipe",
+            )
+        )
+    judged = judged_again(read_report(Path(options["recipe"])), options["overrides"])
+    judged, said = apply_baseline(judged, against)
+    _say_verdicts(as_json, judged, write_files(judged, junit=junit, summary=summary), said)
+    _exit(exit_code(judged["verdict"]))
 
 
 @cli.command(short_help="Write report.json, .html, .md and junit.xml.")
@@ -479,25 +526,48 @@ def run(as_json: bool, **options: Any) -> None:
     _finish(as_json, options)
 
 
-def _finish(as_json: bool, options: dict[str, Any], *, judge: bool = True) -> None:
+def _finish(
+    as_json: bool,
+    options: dict[str, Any],
+    *,
+    judge: bool = True,
+    against: Any = None,
+    junit: Path | None = None,
+    summary: Path | None = None,
+) -> None:
+    from s2d_deploy.gate import exit_code
+    from s2d_deploy.gating import apply_baseline, write_files
     from s2d_deploy.run import run as run_everything
-    from s2d_deploy.tables import gates_table, results_table
 
     part = "-".join(dict.fromkeys([*options["targets"], *map(str.lower, options["precisions"])])) or None
     with _opened(**options) as pipeline:
         outcome = run_everything(pipeline, part=part)
-
-    def text() -> None:
-        click.echo(results_table(outcome.report["results"]))
-        click.echo(gates_table(outcome.report["gates"]))
-        click.echo(f"verdict: {outcome.report['verdict']}")
-        for path in outcome.files:
-            click.echo(str(path))
-
-    _print(outcome.report, as_json, text)
+        report, code, files, said = outcome.report, outcome.exit_code, list(outcome.files), list[str]()
+        if against is not None:
+            report, said = apply_baseline(report, against)
+            changed = report["gates"] != outcome.report["gates"]
+            extra = write_files(report, folder=files[0].parent if changed else None, junit=junit, summary=summary)
+            files = list(dict.fromkeys([*files, *extra]))
+            code = code if outcome.errors else exit_code(report["verdict"])
+    _say_verdicts(as_json, report, files, said)
     _say_errors(outcome.errors)
     if judge or outcome.errors:
-        _exit(outcome.exit_code)
+        _exit(code)
+
+
+def _say_verdicts(as_json: bool, report: dict[str, Any], files: Sequence[Path], said: Sequence[str]) -> None:
+    from s2d_deploy.tables import gates_table, results_table
+
+    def text() -> None:
+        click.echo(results_table(report["results"]))
+        click.echo(gates_table(report["gates"]))
+        click.echo(f"verdict: {report['verdict']}")
+        for path in files:
+            click.echo(str(path))
+
+    _print(report, as_json, text)
+    for line in said:
+        click.echo(line, err=True)
 
 
 @cli.command(short_help="What any ONNX model declares, and what ONNX Runtime executes.")
@@ -562,14 +632,24 @@ def audit(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 @debug_option
 def compare(first: Path, second: Path, as_json: bool) -> None:
-    """Show two runs (folders or report.json files) side by side."""
-    from s2d_deploy.compare import compare_reports
+    """Show two runs (folders or report.json files) side by side.
+
+    Where both hold the outcomes of the same samples, the metric is compared sample by sample: worse, better, or no
+    difference shown, with a 95 % interval. Exit code 0 whatever the difference: `gate --baseline` decides.
+    """
+    from s2d_deploy.compare import compare_reports, findings
     from s2d_deploy.report import read_report
     from s2d_deploy.tables import comparison_table
 
     documents = [read_report(path / "report.json" if path.is_dir() else path) for path in (first, second)]
     rows = compare_reports(*documents)
-    _print(rows, as_json, lambda: click.echo(comparison_table(rows, str(first), str(second))))
+
+    def text() -> None:
+        click.echo(comparison_table(rows, str(first), str(second)))
+        for sentence in findings(rows):
+            click.echo(sentence)
+
+    _print(rows, as_json, text)
 
 
 def _exit(code: int) -> None:

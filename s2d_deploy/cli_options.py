@@ -54,6 +54,31 @@ def recipe_options(command: F) -> F:
     )
 
 
+def gate_options(command: F) -> F:
+    """What `gate` compares with, and where its verdicts go."""
+    file = click.Path(path_type=Path, dir_okay=False)
+    return _with(
+        command,
+        click.option(
+            "--baseline", type=file, metavar="FILE", help="Compare with this committed file, sample by sample."
+        ),
+        click.option("--write", is_flag=True, help="Write the baseline (or update it) instead of comparing with it."),
+        click.option(
+            "--tolerance",
+            type=float,
+            help="With --write: largest drop from the baseline [default: the file's, else gates.accuracy_drop].",
+        ),
+        click.option(
+            "--slower",
+            type=float,
+            metavar="FACTOR",
+            help="With --write: how many times the latency ratio a later one may be, e.g. 1.1 [default: any].",
+        ),
+        click.option("--junit", type=file, metavar="FILE", help="Write the verdicts as JUnit XML."),
+        click.option("--summary", type=file, metavar="FILE", help="Write the verdicts as Markdown."),
+    )
+
+
 device_option = click.option(
     "--device",
     "devices",
