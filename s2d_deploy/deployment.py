@@ -11,25 +11,29 @@ import logging
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from s2d_deploy.bench import measure_throughput, roofline_share, time_sessions
+from s2d_deploy.conditions import conditions
 from s2d_deploy.console import Step
 from s2d_deploy.errors import RecipeError, S2DDeployError, StageError, UnavailableError, UnsupportedError, message
 from s2d_deploy.evaluate import outputs
+from s2d_deploy.footprint import measure_footprint
 from s2d_deploy.host import cpu_model
 from s2d_deploy.judge import UNTIMED
-from s2d_deploy.latency import DeviceClock, LatencyStats, measure, ratio
+from s2d_deploy.latency import ratio
 from s2d_deploy.parity import output_parity, top1_flips
+from s2d_deploy.peak import measure_roofline
 from s2d_deploy.pipeline import Pipeline
 from s2d_deploy.plan import Plan
 from s2d_deploy.precision import BASELINE
-from s2d_deploy.recipe import BenchSection, TargetSection
+from s2d_deploy.recipe import TargetSection
 from s2d_deploy.registry import load_runtime, load_target
-from s2d_deploy.session import Artifact, Feeds, RemoteRuntime, RemoteSession, Runtime, Session
+from s2d_deploy.session import Artifact, RemoteRuntime, Runtime
 from s2d_deploy.store import Stage
 from s2d_deploy.verify import end_to_end_codes, teacher_forced
 
@@ -75,7 +79,7 @@ class Deployment:
         common = self.pipeline.onnx(precision)
         stage = "export" if build else "dialect"
         recipe, sequence = self.pipeline.recipe, self.pipeline.data.max_sequence
-        batches = sorted({recipe.bench.batch_size, recipe.data.batch_size})
+        batches = sorted({recipe.bench.batch_size, recipe.data.batch_size, *recipe.bench.throughput})
         options = self.target.shape_options(batches, {"sequence": sequence} if sequence else {}) | self.section.options
 
         def work(folder: Path, step: Step) -> dict[str, Any]:
@@ -168,11 +172,21 @@ class Deployment:
                 sessions = {
                     p: stack.enter_context(self.runtime.open(a, threads=section.threads)) for p, a in artifacts.items()
                 }
-                stats, facts = _timed(sessions, feeds, section, step)
-            result: dict[str, Any] = {"latency": {}, "speedup": {}}
+                before = conditions()
+                stats, facts = time_sessions(sessions, feeds, section, step)
+                around = {"before": before, "after": conditions()}
+                throughput = measure_throughput(sessions, feeds, section, step) if self._here else {}
+            result: dict[str, Any] = {"latency": {}, "speedup": {}, "throughput": throughput, "footprint": {}}
+            if section.footprint and self._here:
+                for p, artifact in artifacts.items():
+                    step(f"cold start and memory, {p}")
+                    found = measure_footprint(artifact, feeds, threads=section.threads)
+                    result["footprint"][p] = found.to_dict() if found is not None else None
             for p, s in stats.items():
                 batch_size = len(next(iter(feeds.values())))
-                result["latency"][p] = s.to_dict(threads=section.threads, batch=batch_size, **facts[p])
+                result["latency"][p] = s.to_dict(
+                    threads=section.threads, batch=batch_size, conditions=around, **facts[p]
+                )
                 if p != BASELINE and BASELINE in stats:
                     r = ratio(stats[BASELINE], s)
                     result["speedup"][p] = {"median": r.median, "ci": [r.lo, r.hi]}
@@ -189,6 +203,27 @@ class Deployment:
         }
         # Named by what is in it: a narrowed run must not replace the measurement of the whole.
         return pipeline._stage(f"bench/{self.place}-{'-'.join(precisions)}", key, work)
+
+    def roofline(self) -> dict[str, Any] | None:
+        """The ceilings of this machine's processor; None for what runs elsewhere, or without a C compiler."""
+        section = self.pipeline.recipe.bench
+        if not section.roofline or not self._here or not self.runtime.device().startswith("cpu"):
+            return None
+
+        def work(_folder: Path, step: Step) -> dict[str, Any]:
+            found = measure_roofline(section.threads)
+            step.note = ", ".join(f"{kind} {peak.gmacs:.0f} GMAC/s" for kind, peak in found.peaks.items())
+            return found.to_dict()
+
+        document: dict[str, Any] = self.pipeline._stage(
+            f"roofline/{section.threads}", {"cpu": cpu_model(), "threads": section.threads}, work
+        ).info
+        return {name: document[name] for name in ("threads", "peaks", "gigabytes_per_second")}
+
+    @property
+    def _here(self) -> bool:
+        """Whether artifacts run on this machine."""
+        return self.section.device is None
 
     # ---- the report's rows ----------------------------------------------------------------------------------
 
@@ -221,6 +256,7 @@ class Deployment:
     def _add_latency(self, rows: Mapping[str, Row]) -> None:
         try:
             info = self.bench(list(rows)).info
+            ceilings = self.roofline()
         except StageError:
             raise
         except Exception as error:
@@ -230,6 +266,19 @@ class Deployment:
             return
         for precision, row in rows.items():
             row["latency_ms"] = info["latency"][precision]
+            for name in ("throughput", "footprint"):
+                if info[name].get(precision):
+                    row[name] = info[name][precision]
+            if ceilings is not None:
+                share = roofline_share(
+                    ceilings,
+                    row["audit"]["ops"],
+                    row["size_bytes"],
+                    row["latency_ms"]["batch"],
+                    row["latency_ms"]["p50"],
+                )
+                if share is not None:
+                    row["roofline"] = share
             speedup = info["speedup"].get(precision)
             if speedup is not None:
                 row |= {"speedup_over_float": speedup["median"], "speedup_ci": speedup["ci"]}
@@ -328,26 +377,6 @@ def runtime_of(section: TargetSection) -> Runtime:
             )
         )
     return runtime.at(section.device)
-
-
-def _timed(
-    sessions: Mapping[str, Session], feeds: Feeds, section: BenchSection, step: Step
-) -> tuple[dict[str, LatencyStats], dict[str, dict[str, float]]]:
-    """Latency by precision and further facts: what another machine's way there and back adds to its own time."""
-    calls = {p: partial(s.run, feeds) for p, s in sessions.items()}
-    clock = DeviceClock()
-    timed = {}
-    for p, s in sessions.items():
-        timer = s.on_device_ns(feeds) if isinstance(s, RemoteSession) else None
-        if timer is not None:
-            timed[p] = clock.candidate(timer)
-    limits = partial(measure, warmup=section.warmup, min_samples=section.min_samples, max_seconds=section.max_seconds)
-    if not timed:
-        return limits(calls, min_seconds=section.min_seconds, progress=step), {p: {} for p in sessions}
-    # The device's clock stands between its runs: seconds of it do not say how long the measurement takes.
-    stats = limits(timed, min_seconds=0, clock=clock, progress=step)
-    whole = measure(calls, warmup=1, min_samples=5, min_seconds=0, max_seconds=60)
-    return stats, {p: {"round_trip_ms": s.p50_ms} for p, s in whole.items()}
 
 
 def _words(error: Exception) -> str:

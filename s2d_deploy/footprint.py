@@ -72,7 +72,7 @@ def measure_footprint(artifact: Artifact, feeds: Feeds, *, threads: int) -> Foot
         "threads": threads,
     }
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(Path(folder) / "feeds.npz", **dict(feeds))
+        np.savez(Path(folder) / "feeds.npz", **dict(feeds))  # type: ignore[arg-type]  # names of arrays, no options
         (Path(folder) / "task.json").write_text(json.dumps(task))
         command = [sys.executable, "-m", __name__, folder]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

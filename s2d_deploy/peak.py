@@ -82,7 +82,7 @@ class Roofline:
     """
 
     threads: int
-    peaks: dict[str, Peak]
+    peaks: Mapping[str, Peak]
     gigabytes_per_second: float | None
 
     def floor_ms(self, macs: Mapping[str, float], size_bytes: int) -> tuple[float, str] | None:
@@ -119,7 +119,8 @@ def measure_roofline(threads: int, repeats: int = _REPEATS) -> Roofline:
         library = compiled(Path(folder))
         if library is None:
             return Roofline(threads, {}, None)
-        found = {kind: peak for kind in KINDS if (peak := register_peak(kind, threads, library, repeats)) is not None}
+        peaks = {str(kind): register_peak(kind, threads, library, repeats) for kind in KINDS}
+        found = {kind: peak for kind, peak in peaks.items() if peak is not None}
         return Roofline(threads, found, _bandwidth(threads, library))
 
 

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from importlib import resources
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -314,6 +314,9 @@ class BenchSection(_Section):
     min_samples: int = Field(30, ge=3)
     min_seconds: float = Field(0.5, ge=0)
     max_seconds: float = Field(20.0, gt=0)
+    throughput: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="batch sizes to measure throughput at")
+    footprint: bool = Field(True, description="measure cold start and memory, in a process for each artifact")
+    roofline: bool = Field(True, description="measure the machine's ceilings, and say how near each result comes")
 
 
 class GateSection(_Section):
