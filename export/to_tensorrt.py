@@ -29,7 +29,7 @@ from s2d_deploy.errors import ArtifactError, RuntimeUnavailable, S2DDeployError,
 from s2d_deploy.files import write_json
 from s2d_deploy.qgraph import contractions, load_model, metadata
 from s2d_deploy.runtimes import _trt_package as package
-from s2d_deploy.runtimes._trt_layers import audit_layers, low_bit_bytes, parse_layers
+from s2d_deploy.runtimes._trt_layers import audit_layers, listing, low_bit_bytes, parse_layers
 from s2d_deploy.session import Artifact, Progress
 
 from ._trt_attention import fuse_attention
@@ -210,7 +210,9 @@ def _describe(
         "tf32": options.tf32,
         "compute": compute,
         "build_seconds": round(answer["seconds"], 1),
+        "gpu": answer.get("gpu"),
         "ops": ops,
+        "layers": listing(layers),
         "audit": replace(audit, notes=(*notes, *audit.notes)).to_dict(),
     }
 

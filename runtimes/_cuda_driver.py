@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from s2d_deploy.errors import DeviceUnavailable, message
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _OUT_OF_MEMORY = 2
+_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may go on using the device
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,22 +100,22 @@ class Driver:
         """Free a stream."""
         self._library.cuStreamDestroy_v2(ctypes.c_void_p(stream))
 
-    def allocate(self, size_bytes: int) -> int:
+    def memory(self) -> tuple[int, int]:
+        """Bytes of device memory: free, and in all. Needs the context."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self.check(self._library.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)), "reading the GPU's memory")
+        return int(free.value), int(total.value)
+
+    def allocate(self, size_bytes: int, what: str = "a buffer") -> int:
         """Address of `size_bytes` of device memory.
 
         Raises:
-            DeviceUnavailable: out of device memory; the message says how much was asked for.
+            DeviceUnavailable: out of device memory; the message says for what, how much, and what there is.
         """
         address = ctypes.c_uint64()
         status = self._library.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(max(size_bytes, 1)))
         if status == _OUT_OF_MEMORY:
-            raise DeviceUnavailable(
-                message(
-                    "out of device memory",
-                    found=f"{size_bytes} bytes asked for",
-                    fix="lower bench.batch_size, or free memory that other processes hold on the GPU",
-                )
-            )
+            raise DeviceUnavailable(out_of_memory(what, size_bytes, *self.memory()))
         self.check(status, "allocating device memory")
         return int(address.value)
 
@@ -145,6 +147,65 @@ class Driver:
             "copying from the GPU",
         )
 
+    def event(self) -> int:
+        """A new event's handle; it keeps the time at which a stream passed it."""
+        handle = ctypes.c_void_p()
+        self.check(self._library.cuEventCreate(ctypes.byref(handle), ctypes.c_uint(0)), "creating an event")
+        return int(handle.value or 0)
+
+    def record(self, event: int, stream: int) -> None:
+        """Let `event` take the time when `stream` gets there."""
+        self.check(self._library.cuEventRecord(ctypes.c_void_p(event), ctypes.c_void_p(stream)), "recording an event")
+
+    def elapsed_ns(self, first: int, last: int) -> int:
+        """Nanoseconds on the device between two recorded events, waiting for the second (resolution: half a us)."""
+        self.check(self._library.cuEventSynchronize(ctypes.c_void_p(last)), "waiting for an event")
+        milliseconds = ctypes.c_float()
+        self.check(
+            self._library.cuEventElapsedTime(ctypes.byref(milliseconds), ctypes.c_void_p(first), ctypes.c_void_p(last)),
+            "reading events",
+        )
+        return round(milliseconds.value * 1e6)
+
+    def drop_event(self, event: int) -> None:
+        """Free an event."""
+        self._library.cuEventDestroy_v2(ctypes.c_void_p(event))
+
+    def capture(self, stream: int, work: Callable[[], object]) -> int:
+        """Record what `work` queues on `stream` into an executable graph, without running it.
+
+        Raises:
+            DeviceUnavailable: the driver cannot record it; `stream` is usable afterwards.
+        """
+        graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
+        self.check(
+            self._library.cuStreamBeginCapture_v2(ctypes.c_void_p(stream), ctypes.c_int(_THREAD_LOCAL)),
+            "recording a CUDA graph",
+        )
+        try:
+            work()
+        finally:
+            status = self._library.cuStreamEndCapture(ctypes.c_void_p(stream), ctypes.byref(graph))
+        self.check(status, "recording a CUDA graph")
+        try:
+            self.check(
+                self._library.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, ctypes.c_ulonglong(0)),
+                "preparing a CUDA graph",
+            )
+        finally:
+            self._library.cuGraphDestroy(graph)
+        return int(executable.value or 0)
+
+    def launch(self, graph: int, stream: int) -> None:
+        """Queue a captured graph."""
+        self.check(
+            self._library.cuGraphLaunch(ctypes.c_void_p(graph), ctypes.c_void_p(stream)), "launching a CUDA graph"
+        )
+
+    def drop_graph(self, graph: int) -> None:
+        """Free a captured graph."""
+        self._library.cuGraphExecDestroy(ctypes.c_void_p(graph))
+
     def check(self, status: int, doing: str) -> None:
         """Raise DeviceUnavailable with the driver's own words unless `status` is 0."""
         if status:
@@ -161,6 +222,17 @@ class Driver:
         text = ctypes.c_char_p()
         self._library.cuGetErrorString(status, ctypes.byref(text))
         return f"CUDA error {status}: {(text.value or b'unknown').decode(errors='replace')}"
+
+
+def out_of_memory(what: str, size_bytes: int, free: int, total: int) -> str:
+    """The refusal's text: what was asked for, what there is, what to lower."""
+    return message(
+        f"out of device memory for {what}",
+        expected=f"{size_bytes / 2**20:.1f} MiB",
+        found=f"{free / 2**20:.1f} of {total / 2**20:.1f} MiB free",
+        fix="lower bench.batch_size or the largest batch in targets[tensorrt].options.batch, or free memory that other "
+        "processes hold on the GPU",
+    )
 
 
 def _missing(what: str, found: str) -> str:

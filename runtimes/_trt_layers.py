@@ -13,6 +13,7 @@ inside of a fused kernel, and which kernel TensorRT-RTX's just-in-time compiler 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _LAYER = re.compile(
 _TENSOR = re.compile(r"\{ Name: (?P<name>[^,]*), Dimensions: \[(?P<dimensions>[^\]]*)\].*?Datatype: (?P<type>\w+)")
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _PRODUCT = re.compile(r"mha|gemm|Fc|Conv")  # in the names of generated kernels that hold a product
+_WAITING = ("shape_call", "signal", "wait")
 _HELPERS = ("kgen", "runtime_fusion", "shape_call", "signal", "wait", "Reformat")
 _PRECISION = {
     "Int8": "int8",
@@ -39,6 +41,22 @@ _PRECISION = {
 }
 _LOW_BIT = ("Int4", "Int8", "FP4E2M1")
 _FP4 = "FP4E2M1"
+# Words for types in TensorRT's lists -> their names above; the first that is found counts.
+_WORDS = (
+    ("fp4", "FP4E2M1"),
+    ("int4", "Int4"),
+    ("int8", "Int8"),
+    ("fp8", "FP8"),
+    ("bfloat16", "BFloat16"),
+    ("bf16", "BFloat16"),
+    ("fp16", "Half"),
+    ("half", "Half"),
+    ("fp32", "Float"),
+    ("float", "Float"),
+    ("int32", "Int32"),
+    ("int64", "Int64"),
+    ("bool", "Bool"),
+)
 UNSEEN = "unseen"  # an op that the list does not show; counts as not executed on integers
 
 
@@ -48,11 +66,12 @@ class Tensor:
 
     dimensions: tuple[int, ...]
     type: str
+    weights: bool = False  # a layer's own, whose dimensions are not shown
 
     @property
     def matrix(self) -> bool:
         """Whether it can be an operand of a product: at least two dimensions beyond 1."""
-        return sum(d != 1 for d in self.dimensions) >= 2
+        return self.weights or sum(d != 1 for d in self.dimensions) >= 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +84,13 @@ class Layer:
     constants: tuple[Tensor, ...]
     tactic: str
     nodes: frozenset[str]
+    outputs: tuple[Tensor, ...] = ()
 
 
 def parse_layers(text: str) -> list[Layer]:
-    """Layers of TensorRT's list; lines that are no layer are passed over."""
+    """Layers of TensorRT's list, as lines or as JSON; what is no layer, or a mere name, is passed over."""
+    if text.lstrip().startswith("{"):
+        return _from_json(text)
     return [
         Layer(
             match["name"],
@@ -77,10 +99,53 @@ def parse_layers(text: str) -> list[Layer]:
             _tensors(match["constants"]),
             match["tactic"],
             frozenset(_ONNX.findall(match["metadata"])),
+            _tensors(match["outputs"]),
         )
         for line in text.splitlines()
         if (match := _LAYER.match(line.strip()))
     ]
+
+
+def _from_json(text: str) -> list[Layer]:
+    """``{"Layers": [{"Name", "LayerType", "Inputs": [{"Dimensions", "Format/Datatype"}, ..], "Weights", ..}]}``."""
+    try:
+        listed = json.loads(text).get("Layers", [])
+    except ValueError:
+        return []
+    return [
+        Layer(
+            str(entry.get("Name", "")),
+            str(entry.get("LayerType", "")),
+            _entries(entry.get("Inputs")),
+            _entries(entry.get("Constants")) + _kernel(entry.get("Weights")),
+            str(entry.get("TacticName", "")),
+            frozenset(_ONNX.findall(str(entry.get("Metadata", "")))),
+            _entries(entry.get("Outputs")),
+        )
+        for entry in listed
+        if isinstance(entry, Mapping)  # a string is what the builder leaves without profiling verbosity DETAILED
+    ]
+
+
+def _entries(listed: Any) -> tuple[Tensor, ...]:
+    entries = [e for e in listed or () if isinstance(e, Mapping)]
+    return tuple(
+        Tensor(tuple(int(d) for d in e.get("Dimensions", ())), _type(e.get("Datatype") or e.get("Format/Datatype")))
+        for e in entries
+    )
+
+
+def _kernel(weights: Any) -> tuple[Tensor, ...]:
+    """A layer's own weights, ``{"Type": "Int8", "Count": 9408}``: their dimensions are not shown."""
+    if not isinstance(weights, Mapping) or not int(weights.get("Count", 0)):
+        return ()
+    return (Tensor((int(weights["Count"]),), _type(weights.get("Type")), weights=True),)
+
+
+def _type(words: Any) -> str:
+    """TensorRT's name of a type in what it says of a tensor, as ``"Channel major INT8 format ..."``."""
+    text = str(words or "").lower()
+    return next((name for word, name in _WORDS if word in text), str(words or ""))
 
 
 def _tensors(text: str) -> tuple[Tensor, ...]:
@@ -116,6 +181,22 @@ def audit_layers(layers: Sequence[Layer], ops: Sequence[Mapping[str, Any]], evid
     if any(c.type == "Int4" for layer in layers for c in layer.constants):
         notes.add("4-bit weights lie packed in the engine; it widens them in front of the product")
     return Audit(tuple(executed), lowest_rung(rungs), evidence, tuple(sorted(notes)))
+
+
+def listing(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    """The layers that compute something, for ``engine.json``: types in and out, and the ONNX nodes fused there."""
+    return [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "kernel": layer.tactic,
+            "reads": sorted({t.type for t in layer.inputs + layer.constants}),
+            "writes": sorted({t.type for t in layer.outputs}),
+            "nodes": sorted(layer.nodes),
+        }
+        for layer in layers
+        if layer.kind not in _WAITING
+    ]
 
 
 def low_bit_bytes(layers: Sequence[Layer]) -> int:

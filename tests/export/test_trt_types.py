@@ -203,7 +203,8 @@ def test_quantizers_keep_fp32_scales_and_attention_has_no_casts(tmp_path: Path) 
     assert len(residual) >= 2
 
 
-def test_weight_only_blocks_get_16_bit_scales(tmp_path: Path, block: int = 128) -> None:
+def test_weight_only_blocks_get_16_bit_scales(tmp_path: Path) -> None:
+    block = 128
     path = dialect("w4a16", tmp_path, block_size=block, skip=("*projection*",))
     model = compute.to_compute(onnx.load(path), "bf16")
     stored = {t.name: t for t in model.graph.initializer}

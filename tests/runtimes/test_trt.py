@@ -22,6 +22,7 @@ from s2d_deploy.session import Artifact
 trt = import_module("s2d_deploy.runtimes.trt")
 driver = import_module("s2d_deploy.runtimes._cuda_driver")
 layers = import_module("s2d_deploy.runtimes._trt_layers")
+session = import_module("s2d_deploy.runtimes._trt_session")
 package = import_module("s2d_deploy.runtimes._trt_package")
 RUNTIME = load_runtime("tensorrt")
 GPU = driver.Device("NVIDIA RTX A", "8.6", "13.0")
@@ -153,8 +154,8 @@ def test_a_truncated_engine_file_is_named(tmp_path):
 @pytest.mark.parametrize("shape", [(9, 4), (0, 4), (2, 5), (2, 4, 1)])
 def test_a_shape_outside_the_profile_is_refused(shape):
     with pytest.raises(DataError, match=r"input 'x': wrong shape\. Expected: \[1, 4\] to \[8, 4\]"):
-        trt.check_shape("x", shape, DESCRIPTION)
-    trt.check_shape("x", (8, 4), DESCRIPTION)
+        session.check_shape("x", shape, DESCRIPTION)
+    session.check_shape("x", (8, 4), DESCRIPTION)
 
 
 # ---- the layer list --------------------------------------------------------------------------------------------
@@ -292,11 +293,12 @@ def test_on_a_gpu_it_computes_what_the_file_says(tmp_path):
     )
     x = np.random.default_rng(1).normal(size=(5, 64)).astype(np.float32)
     (wanted,) = ReferenceEvaluator(str(source)).run(None, {"x": x})
-    with RUNTIME.open(built, threads=1) as session:
-        np.testing.assert_allclose(session.run({"x": x})["y"], wanted, rtol=1e-5, atol=1e-5)
-        assert session.audit().executed == {"int8": 1.0}
-        assert session.codes({"x": x}) == {}
+    with RUNTIME.open(built, threads=1) as opened:
+        np.testing.assert_allclose(opened.run({"x": x})["y"], wanted, rtol=1e-5, atol=1e-5)
+        assert opened.audit().executed == {"int8": 1.0}
+        assert opened.codes({"x": x}) == {}
+        assert min(opened.on_device_ns({"x": x})() for _ in range(3)) > 0
         with pytest.raises(UnsupportedError, match="fc: TensorRT shows no int32 accumulators"):
-            session.accumulate("fc", np.zeros((1, 64), np.int8))
+            opened.accumulate("fc", np.zeros((1, 64), np.int8))
         with pytest.raises(DataError, match="wrong dtype"):
-            session.run({"x": x.astype(np.float64)})
+            opened.run({"x": x.astype(np.float64)})
