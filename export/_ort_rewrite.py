@@ -20,11 +20,16 @@ Nothing is left for the optimizer to recognize; each integer contraction is writ
 - What has no integer kernel (blocks of weights under one accumulator, per-token activations) is computed in float from
   dequantized values. The audit says so.
 
+That is the default form of each contraction. `forms` names another one for some of them, which a search has measured
+(`_ort_placement`): ``signed`` (INT8 x INT8, which Arm has an instruction for), ``convinteger``, ``nbits-int8``
+(accuracy_level 4), or ``float``: the stored weight dequantized when the session loads, activations not rounded at all.
+
 What is lost: nothing but the order of float roundings (the product of the two scales is rounded once).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -39,6 +44,15 @@ from ._ort_surgery import CONTRIB, Surgery, annotate
 
 FLOAT_LEVEL = 1  # MatMulNBits accuracy_level: 0 unset, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations
 NBITS_BLOCKS = (16, 32, 64, 128, 256)
+INT8_LEVEL = 4
+PLACED = "s2d.placement"  # metadata of a contraction that a search has put into another form than the default
+# Default form -> all forms that mean the same; of "nbits-int8" see `forms_of`.
+_FORMS = {
+    "matmul": ("matmul", "signed", "float"),
+    "patches": ("patches", "convinteger", "float"),
+    "conv": ("conv", "float"),
+    "nbits": ("nbits", "float"),
+}
 PART = "s2d.part"  # metadata of a node that only rearranges codes or accumulators for the op that it names
 # Of a site's codes: the plan's type, what was added to each code, and the type that holds the sum.
 STORAGE, SHIFT, CONTAINER = "s2d.storage", "s2d.shift", "s2d.container"
@@ -51,17 +65,53 @@ SHIFTS = {
 _CODES = {"INT4": (-8, 7), "UINT4": (0, 15), "INT8": (-128, 127), "UINT8": (0, 255)}
 
 
-def to_integer_kernels(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_integer_kernels(model: onnx.ModelProto, forms: Mapping[str, str] | None = None) -> onnx.ModelProto:
     """A copy of the common model on ONNX Runtime's integer kernels.
 
     Contractions keep their node names and ``s2d.*`` metadata. The node that makes a site's codes carries ``s2d.site``,
     and ``s2d.storage``, ``s2d.shift`` and ``s2d.container`` to get the plan's codes back; its output is named as in
     the common model.
+
+    Args:
+        model: the common model.
+        forms: op -> one of `forms_of`; the default form for every other op. They stand in the node's ``s2d.placement``.
     """
-    return _Rewriter(model).rewritten()
+    return _Rewriter(model, forms or {}).rewritten()
+
+
+def to_plain_quantizers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of the common model in Q/DQ, for execution providers that fuse those themselves.
+
+    Activation codes are bytes: 4-bit ones are clipped behind an INT8 QuantizeLinear, since INT4 activations have no
+    kernel anywhere. Weights stay behind DequantizeLinear with the type that they have.
+    """
+    return _Rewriter(model, {}, kernels=False).rewritten()
+
+
+def forms_of(model: onnx.ModelProto, *, int8_activations: bool = False) -> dict[str, tuple[str, ...]]:
+    """The forms that each contraction can take, the default first; contractions with one form only are left out.
+
+    Args:
+        model: a common model.
+        int8_activations: also ``nbits-int8``, which rounds the activations of INT4 blocks to INT8, block by block: for
+            W4A8, whose own rounding it replaces by a finer one, and for W4A16 where the user allows it.
+    """
+    rewriter = _Rewriter(model, {})
+    found = {}
+    for op in contractions(model):
+        forms = _FORMS.get(rewriter.default_form(op), ())
+        if int8_activations and rewriter.fits_nbits(op):
+            forms = (*(forms or ("float",)), "nbits-int8")
+        if len(forms) > 1:
+            found[op.name] = forms
+    return found
 
 
 class _Rewriter(Surgery):
+    def __init__(self, model: onnx.ModelProto, forms: Mapping[str, str], *, kernels: bool = True) -> None:
+        super().__init__(model)
+        self.forms, self.kernels = forms, kernels
+
     def rewritten(self) -> onnx.ModelProto:
         self.ops = contractions(self.model)
         self.unpacked: set[str] = set()
@@ -71,8 +121,7 @@ class _Rewriter(Surgery):
             operand.codes
             for op in self.ops
             for operand in (op.left, op.right)
-            if operand is not None
-            and not (self.kinds[op.name] == "conv" or (self.kinds[op.name] == "matmul" and operand is op.right))
+            if operand is not None and self.kernels and not self._signed(op, operand)
         }
         for node in self.model.graph.node:
             if node.op_type == "QuantizeLinear":
@@ -85,19 +134,45 @@ class _Rewriter(Surgery):
                 self._patch_matmul(op)
             elif kind == "conv":
                 self._integer_conv(op)
-            elif kind == "nbits":
+            elif kind in ("nbits", "nbits-int8"):
                 self._weight_only(op)
+            elif kind == "raw":
+                self._raw_product(op)
         for node in self.model.graph.node:
-            if node.op_type == "DequantizeLinear" and node.input[0] in self.stored:
+            if self.kernels and node.op_type == "DequantizeLinear" and node.input[0] in self.stored:
                 self._weight_in_float(node)
         return self.result()
 
+    def _signed(self, op: Contraction, operand: Operand) -> bool:
+        """Whether `op` does not ask for `operand` as UINT8."""
+        kind = self.kinds[op.name]
+        if kind in ("conv", "raw", "nbits-int8"):
+            return True
+        return kind == "matmul" and (operand is op.right or self.forms.get(op.name) == "signed")
+
     def _kind(self, op: Contraction) -> str:
-        """Which form `op` gets: ``matmul``, ``patches``, ``conv``, ``nbits``, or ``float``."""
+        """How `op` is written: `default_form`, or what another form of `forms` comes to."""
+        default = self.default_form(op) if self.kernels else "float"
+        asked = self.forms.get(op.name, default)
+        if asked == default or not self.kernels:
+            return default
+        if asked == "float":
+            return "raw"
+        return {"signed": "matmul", "convinteger": "conv"}.get(asked, asked)
+
+    def fits_nbits(self, op: Contraction) -> bool:
+        """Whether the weight is INT4 in blocks that MatMulNBits takes."""
+        right = op.right
+        if right is None or right.stored is None or op.node.op_type != "MatMul":
+            return False
+        blocks = right.stored.ndim == 2 and right.axis == 0
+        return blocks and right.block in NBITS_BLOCKS and right.storage.endswith("INT4")
+
+    def default_form(self, op: Contraction) -> str:
+        """``matmul``, ``patches``, ``conv``, ``nbits``, or ``float``."""
         left, right, matmul = op.left, op.right, op.node.op_type == "MatMul"
         if left is None and right is not None and matmul:
-            blocks = right.stored is not None and right.stored.ndim == 2 and right.axis == 0
-            return "nbits" if blocks and right.block in NBITS_BLOCKS and right.storage.endswith("INT4") else "float"
+            return "nbits" if self.fits_nbits(op) else "float"
         if not op.integer or left is None or right is None or left.scale.ndim or left.stored is not None:
             return "float"
         if matmul and right.stored is None:
@@ -185,7 +260,7 @@ class _Rewriter(Surgery):
                 scale, output = self.constant(f"{op.name}.scale", left.scale * factor, np.float32), mul[0].output[0]
                 self.replace(mul[0], [])
         inputs = [left.codes, codes, scale, self._scale(right), self._activation_zero(left), zero_point, bias]
-        self.replace(op.node, [*nodes, _kernel(op, inputs, output)])
+        self.replace(op.node, [*nodes, _kernel(op, inputs, output, self._marked(op))])
 
     def _patches(self, op: Contraction, weight: Array) -> tuple[int, ...] | None:
         """``(C, H, W, kh, kw)`` of a Conv whose kernels tile the image exactly; None for any other Conv."""
@@ -226,7 +301,7 @@ class _Rewriter(Surgery):
             output = op.node.output[0] if i == len(steps) - 1 else f"{op.name}.step{i}"
             if kind == "MatMul":
                 inputs = [value, codes, self._scale(left), self._scale(right), self._activation_zero(left), zero_point]
-                nodes.append(_kernel(op, [*inputs, *op.node.input[2:]], output))
+                nodes.append(_kernel(op, [*inputs, *op.node.input[2:]], output, self._marked(op)))
             elif kind == "Reshape":
                 inputs = [value, self.constant(f"{op.name}.shape{i}", argument, np.int64)]
                 nodes.append(helper.make_node("Reshape", inputs, [output], name=f"{op.name}.step{i}"))
@@ -249,7 +324,7 @@ class _Rewriter(Surgery):
         accumulate.attribute.extend(op.node.attribute)
         scale = self.constant(f"{name}.scale", (left.scale * right.scale).reshape(spread), np.float32)
         nodes += [
-            annotate(accumulate, metadata(op.node)),
+            annotate(accumulate, self._marked(op)),
             helper.make_node(
                 "Cast", [f"{name}.accumulators"], [f"{name}.float"], name=f"{name}.cast", to=TensorProto.FLOAT
             ),
@@ -273,7 +348,7 @@ class _Rewriter(Surgery):
         shift = SHIFTS[True, right.storage]
         nibbles = (right.stored.astype(np.int16) + shift).T.reshape(n, k // right.block, right.block)
         inputs = [
-            op.node.input[0],
+            self._unquantized(op.node.input[0]),
             self.constant(f"{right.site}.packed", _pack(nibbles), np.uint8),
             self.constant(f"{right.site}.scales", right.scale.T.reshape(-1), np.float32),
         ]
@@ -283,9 +358,36 @@ class _Rewriter(Surgery):
             inputs.append(self.constant(f"{right.site}.zeros", _pack(padded).reshape(-1), np.uint8))
         node = helper.make_node(
             "MatMulNBits", inputs, list(op.node.output), name=op.node.name, domain=CONTRIB,
-            K=k, N=n, bits=4, block_size=right.block, accuracy_level=FLOAT_LEVEL,
+            K=k, N=n, bits=4, block_size=right.block,
+            accuracy_level=INT8_LEVEL if self.kinds[op.name] == "nbits-int8" else FLOAT_LEVEL,
         )  # fmt: skip
-        self.replace(op.node, [annotate(node, metadata(op.node))])
+        self.replace(op.node, [annotate(node, self._marked(op))])
+
+    def _raw_product(self, op: Contraction) -> None:
+        """The contraction on its weight's dequantized values and on activations as they are."""
+        node = onnx.NodeProto()
+        node.CopyFrom(op.node)
+        for i, operand in enumerate((op.left, op.right)):
+            if operand is not None and operand.stored is None:
+                node.input[i] = self._unquantized(op.node.input[i])
+        del node.metadata_props[:]
+        self.replace(op.node, [annotate(node, self._marked(op))])
+
+    def _unquantized(self, value: str) -> str:
+        """The float tensor in front of the quantizer that makes `value`; itself where there is none."""
+        node = self.producers.get(value)
+        if node is None or node.op_type != "DequantizeLinear":
+            return value
+        quantizer = self.producers.get(node.input[0])
+        if quantizer is None or quantizer.op_type != "QuantizeLinear":
+            return value
+        # The bounds of a width between 4 and 8 bits, a Clip in front of the quantizer, stay.
+        return str(quantizer.input[0])
+
+    def _marked(self, op: Contraction) -> dict[str, str]:
+        """The op's metadata, and the form that it was put in where that is not the default."""
+        form = self.forms.get(op.name, "")
+        return metadata(op.node) | ({PLACED: form} if form and form != self.default_form(op) else {})
 
     def _weight_in_float(self, node: onnx.NodeProto) -> None:
         """(codes - zero_point) * scale from nodes that are folded at load; a DequantizeLinear would run every time."""
@@ -366,11 +468,11 @@ def _operands(op: Contraction) -> tuple[Operand, Operand]:
     return op.left, op.right
 
 
-def _kernel(op: Contraction, inputs: list[Any], output: str) -> onnx.NodeProto:
+def _kernel(op: Contraction, inputs: list[Any], output: str, props: dict[str, str]) -> onnx.NodeProto:
     while not inputs[-1]:
         inputs.pop()
     node = helper.make_node("MatMulIntegerToFloat", inputs, [output], name=op.node.name, domain=CONTRIB)
-    return annotate(node, metadata(op.node))
+    return annotate(node, props)
 
 
 def _pack(nibbles: Array) -> Array:

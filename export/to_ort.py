@@ -13,6 +13,7 @@ kernels see bytes. Run as a script: ``python -m s2d_deploy.export.to_ort COMMON.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import sys
@@ -30,12 +31,16 @@ from s2d_deploy.qgraph import initializers, load_model, metadata, require_intege
 from s2d_deploy.registry import load_runtime
 from s2d_deploy.session import Artifact, Audit, Progress
 
-from ._ort_rewrite import to_integer_kernels
+from ._ort_placement import DEFAULT_MARGIN, scratch_session, search
+from ._ort_rewrite import to_integer_kernels, to_plain_quantizers
 
 FILE = "model.onnx"
-OPTIONS = ("providers", "graph_optimization_level")
+OPTIONS = ("providers", "graph_optimization_level", "dialect", "placement", "margin", "int8_activations")
+DIALECTS = ("kernels", "qdq")
+PLACEMENTS = ("default", "search")
 LEVELS = ("all", "extended", "basic", "disable")
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
+PLACEMENT_KEY = "s2d.placed"  # metadata of the model
 _EXTERNAL_BEYOND = 1 << 30  # bytes; a protobuf ends at 2 GB
 # Inputs of a kernel that are the stored weight: codes, scales, zero points.
 _WEIGHT_INPUTS = {
@@ -59,6 +64,23 @@ class OrtTarget:
             ArtifactError: no readable ONNX, not exported for `precision`, or it lies where the dialect would go.
             PlanError: a scale is zero, negative, infinite or NaN; every one is named.
         """
+        return self.dialect_for(model, folder, precision=precision, options={}, placement=None)
+
+    def dialect_for(
+        self,
+        model: Path,
+        folder: Path,
+        *,
+        precision: str,
+        options: Mapping[str, Any],
+        placement: Mapping[str, Any] | None,
+    ) -> Path:
+        """As `dialect`: in Q/DQ where the options say so, and with each op in the form that a search has chosen.
+
+        Raises:
+            RecipeError: an unknown option or value. Else as `dialect`.
+        """
+        settings = _settings(options)
         target = folder / FILE
         if model.resolve() == target.resolve():
             raise ArtifactError(
@@ -67,7 +89,12 @@ class OrtTarget:
         common = _checked(model, precision)
         require_integer_codes(common, "onnxruntime")
         _check_scales(model, common)
-        rewritten = to_integer_kernels(common)
+        if settings["dialect"] == "qdq":
+            rewritten = to_plain_quantizers(common)
+        else:
+            rewritten = to_integer_kernels(common, (placement or {}).get("forms"))
+        if placement is not None:
+            rewritten.metadata_props.add(key=PLACEMENT_KEY, value=json.dumps(_summary_of(placement)))
         folder.mkdir(parents=True, exist_ok=True)
         data = target.with_name(f"{FILE}.data")
         data.unlink(missing_ok=True)  # onnx appends to external data that is there
@@ -76,6 +103,65 @@ class OrtTarget:
         else:
             onnx.save_model(rewritten, target)
         return target
+
+    def search(
+        self,
+        model: Path,
+        *,
+        precision: str,
+        options: Mapping[str, Any],
+        batches: Sequence[int],
+        sizes: Mapping[str, int],
+        threads: int,
+        progress: Progress,
+    ) -> dict[str, Any] | None:
+        """Measure the forms of every contraction of the common file and of the whole; see `_ort_placement.search`.
+
+        Args:
+            model: the common file.
+            precision: as exported.
+            options: those of `build`; None is returned unless they hold ``placement: search``.
+            batches: batch sizes that will be run; the smallest is measured.
+            sizes: length of every other dynamic dimension.
+            threads: of the sessions.
+            progress: told what is measured.
+
+        Raises:
+            RecipeError: unknown options.
+            RuntimeUnavailable, DeviceUnavailable: it cannot be measured here.
+        """
+        settings = _settings(options)
+        if settings["placement"] != "search":
+            return None
+        runtime: Any = load_runtime(self.name)
+        if (reason := runtime.available()) is not None:
+            raise RuntimeUnavailable(reason)
+        common = _checked(model, precision)
+        _check_scales(model, common)
+        given = {"batch": (min(batches),), **{name: (size,) for name, size in sizes.items()}}
+        known = {d.dim_param for value in common.graph.input for d in value.type.tensor_type.shape.dim}
+        shapes, feeds = runtime.operand_shapes(model, {k: v for k, v in given.items() if k in known}, threads)
+
+        def opened(folder: Path) -> Any:
+            return runtime.open(Artifact(folder, self.name, precision, {"model": FILE}, settings), threads=threads)
+
+        found = search(
+            common,
+            shapes,
+            feeds,
+            scratch_session(opened),
+            margin=settings["margin"],
+            int8_activations=settings["int8_activations"],
+            progress=progress,
+        )
+        return found | {
+            "precision": precision,
+            "threads": threads,
+            "shapes": {name: list(array.shape) for name, array in feeds.items()},
+            "onnxruntime": runtime.version(),
+            "device": runtime.device_for(settings),
+            "graph_optimization_level": settings["graph_optimization_level"],
+        }
 
     def shape_options(self, batches: Sequence[int], sizes: Mapping[str, int]) -> dict[str, Any]:  # noqa: ARG002
         """Nothing: any shape is served."""
@@ -97,7 +183,10 @@ class OrtTarget:
             folder: where the artifact goes; may be the dialect's own folder.
             precision: as exported.
             options: ``providers``: names, or pairs of name and options, in order of preference (default: the CPU);
-                ``graph_optimization_level``: ``all`` (default), ``extended``, ``basic`` or ``disable``.
+                ``graph_optimization_level``: ``all`` (default), ``extended``, ``basic`` or ``disable``;
+                ``dialect``: ``kernels`` (default where the CPU is first) or ``qdq`` (default elsewhere);
+                ``placement``: ``default`` or ``search``, with ``margin`` (0.05) and ``int8_activations`` (false); the
+                last three are read by `search`, and here only checked.
             progress: told what happens.
 
         Raises:
@@ -120,6 +209,8 @@ class OrtTarget:
                 shutil.copyfile(source, folder / name)
         info = {**settings, "onnxruntime": runtime.version(), "weights": weight_bytes(model)}
         info["weight_size_bytes"] = info["weights"]["stored_bytes"]
+        if (placed := metadata(model).get(PLACEMENT_KEY)) is not None:
+            info["placed"] = json.loads(placed)
         artifact = Artifact(folder, self.name, precision, files, info)
         progress(f"ort: loading {FILE} in onnxruntime {runtime.version()}")
         with runtime.open(artifact, threads=1):
@@ -238,6 +329,26 @@ def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
                 fix=f"did you mean {close[0]!r}?" if close else None,
             )
         )
+    checks: tuple[tuple[str, Any, Any], ...] = (
+        ("dialect", DIALECTS, options.get("dialect", DIALECTS[0])),
+        ("placement", PLACEMENTS, options.get("placement", PLACEMENTS[0])),
+    )
+    for name, known, found in checks:
+        if found not in known:
+            close = get_close_matches(str(found), known, n=1)
+            raise RecipeError(
+                message(
+                    f"target 'ort': {name}",
+                    expected=f"one of {', '.join(known)}",
+                    found=repr(found),
+                    fix=f"did you mean {close[0]!r}?" if close else None,
+                )
+            )
+    margin, int8 = options.get("margin", DEFAULT_MARGIN), options.get("int8_activations", False)
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1:
+        raise RecipeError(message("target 'ort': margin", expected="0 or more, below 1", found=repr(margin)))
+    if not isinstance(int8, bool):
+        raise RecipeError(message("target 'ort': int8_activations", expected="true or false", found=repr(int8)))
     providers = options.get("providers", DEFAULT_PROVIDERS)
     if isinstance(providers, str) or not isinstance(providers, Sequence) or not providers:
         raise RecipeError(
@@ -249,10 +360,30 @@ def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
             raise RecipeError(
                 message("target 'ort': providers", expected="names, or pairs [name, options]", found=repr(provider))
             )
+    first = str(providers[0] if isinstance(providers[0], str) else providers[0][0]).lower()
+    # Other providers fuse Q/DQ themselves; the kernels that are written for the CPU are unknown to them.
+    dialect = options.get("dialect", "kernels" if first in ("cpu", "cpuexecutionprovider") else "qdq")
+    if dialect == "qdq" and options.get("placement") == "search":
+        raise RecipeError(
+            message(
+                "target 'ort': placement: search measures the CPU's kernels",
+                found=f"dialect qdq, providers {', '.join(map(str, providers))}",
+                fix="leave placement out, or set providers: [cpu]",
+            )
+        )
     return {
         "providers": [p if isinstance(p, str) else [p[0], dict(p[1])] for p in providers],
         "graph_optimization_level": level,
+        "dialect": dialect,
+        "placement": options.get("placement", "default"),
+        "margin": float(margin),
+        "int8_activations": int8,
     }
+
+
+def _summary_of(placement: Mapping[str, Any]) -> dict[str, Any]:
+    """What the artifact says of its placement; the whole document lies with the search."""
+    return {key: placement[key] for key in ("margin", "int8_activations", "forms", "kept_float", "whole")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

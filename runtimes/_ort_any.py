@@ -138,6 +138,21 @@ def audit_any(
     return _document(path, model, info, threads, version, feeds, rows, written, optimized, notes)
 
 
+def operand_shapes(
+    path: Path, shapes: Mapping[str, Sequence[int]], threads: int
+) -> tuple[dict[str, list[tuple[int, ...]]], dict[str, Array]]:
+    """Shapes of every contraction's operands as the graph is written, by node name, and the inputs that gave them.
+
+    Args:
+        path: an ONNX file whose contractions have names.
+        shapes: as in `audit_any`.
+        threads: of the session.
+    """
+    feeds = _feeds(_read(path), shapes)
+    found = profiled(path, {"graph_optimization_level": "disable"}, threads, feeds)
+    return {name: [shape for _, shape in event.inputs[:2]] for name, event in found.events.items()}, feeds
+
+
 def _read(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise ArtifactError(message(f"{path}: no such file", fix="give the path of an ONNX file"))

@@ -17,7 +17,7 @@ import onnx
 from s2d_deploy.qgraph import attributes, metadata
 from s2d_deploy.session import Audit, ExecutedOp, Rung, lowest_rung
 
-from ._ort_loading import new_session
+from ._ort_loading import PLACED, new_session
 
 INTEGER_KERNELS = frozenset(
     {"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger", "QLinearConv", "QLinearMatMul",
@@ -73,6 +73,7 @@ def compare(model: onnx.ModelProto, optimized: onnx.ModelProto, evidence: str) -
     ops: list[ExecutedOp] = []
     rungs: list[Rung] = []
     notes: list[str] = []
+    kept: list[ExecutedOp] = []
     for node in model.graph.node:
         props = metadata(node)
         if "s2d.op" not in props and node.op_type not in _SOURCES:
@@ -88,8 +89,16 @@ def compare(model: onnx.ModelProto, optimized: onnx.ModelProto, evidence: str) -
             declared,
         )
         ops.append(op)
+        if props.get(PLACED) == "float" and not declared.endswith("A16"):
+            kept.append(op)  # by a measured choice, so it does not lower the rung of those that were quantized
+            continue
         rungs.append(_rung(op))
         notes += _notes(op, kernel)
+    if kept:
+        total = sum(op.macs for op in ops)
+        share = f" ({sum(op.macs for op in kept) / total:.1%} of the multiply-accumulates)" if total else ""
+        listed = ", ".join(op.name for op in kept[:4]) + (f" and {len(kept) - 4} more" if len(kept) > 4 else "")
+        notes.append(f"kept in float by the placement search, as their quantized form is not faster{share}: {listed}")
     return Audit(tuple(ops), lowest_rung(rungs), evidence, tuple(notes))
 
 

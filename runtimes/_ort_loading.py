@@ -27,6 +27,7 @@ _FLOAT_ACTIVATIONS = ("session.qdq_matmulnbits_accuracy_level", "1")
 # It is not for processors with VNNI: onnxruntime would obey there too, and multiply 1.5 times as slowly for nothing.
 # What the dialect writes into ``metadata_props``; s2d_deploy/export/_ort_rewrite.py defines it, a test compares.
 PART = "s2d.part"
+PLACED = "s2d.placement"
 STORAGE, SHIFT, CONTAINER = "s2d.storage", "s2d.shift", "s2d.container"
 _EXACT_WITHOUT_VNNI = ("session.x64quantprecision", "1")
 

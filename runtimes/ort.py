@@ -238,6 +238,14 @@ class OrtRuntime:
 
         return audit_any(path, shapes=shapes, info=options, threads=threads, version=self.version())
 
+    def operand_shapes(
+        self, path: Path, shapes: Mapping[str, Sequence[int]], threads: int
+    ) -> tuple[dict[str, list[tuple[int, ...]]], dict[str, Array]]:
+        """Operand shapes of each contraction by node name, and random inputs of these shapes; see `_ort_any`."""
+        from ._ort_any import operand_shapes
+
+        return operand_shapes(path, shapes, threads)
+
     def open(self, artifact: Artifact, *, threads: int) -> OrtSession:
         """Load an artifact on `threads` threads.
 

@@ -29,6 +29,7 @@ from s2d_deploy.latency import ratio
 from s2d_deploy.parity import output_parity, top1_flips
 from s2d_deploy.peak import measure_roofline
 from s2d_deploy.pipeline import Pipeline
+from s2d_deploy.placement import device_of, placement_row, placement_stage, slower_than_float, write_dialect
 from s2d_deploy.plan import Plan
 from s2d_deploy.precision import BASELINE
 from s2d_deploy.recipe import TargetSection
@@ -82,8 +83,18 @@ class Deployment:
         batches = sorted({recipe.bench.batch_size, recipe.data.batch_size, *recipe.bench.throughput})
         options = self.target.shape_options(batches, {"sequence": sequence} if sequence else {}) | self.section.options
 
+        sizes = {"sequence": sequence} if sequence else {}
+        asked = self.section.options
+        placement = None
+        if build:
+            placement = placement_stage(
+                self.pipeline, self.target, common, precision=precision, options=asked, batches=batches, sizes=sizes,
+                version=self._version(),
+            )  # fmt: skip
+
         def work(folder: Path, step: Step) -> dict[str, Any]:
-            dialect = self.target.dialect(common.folder / "model.onnx", folder, precision=precision)
+            model = common.folder / "model.onnx"
+            dialect = write_dialect(self.target, model, folder, precision=precision, options=asked, placement=placement)
             if not build:
                 return {"dialect": dialect.name}
             artifact = self.target.build(dialect, folder, precision=precision, options=options, progress=step)
@@ -96,6 +107,8 @@ class Deployment:
             "runtime": self._version(),
             "cpu": cpu_model(),
         }
+        if placement is not None:
+            key["placement"] = placement.sha256
         return self.pipeline._stage(f"{stage}/{self.section.name}/{precision}", key, work)
 
     def artifact(self, precision: str) -> Artifact:
@@ -282,6 +295,8 @@ class Deployment:
             speedup = info["speedup"].get(precision)
             if speedup is not None:
                 row |= {"speedup_over_float": speedup["median"], "speedup_ci": speedup["ci"]}
+                if advice := slower_than_float(self.section.name, precision, speedup, self.section.options):
+                    row["audit"] = row["audit"] | {"notes": [*row["audit"]["notes"], advice]}
 
     def _guarded_row(self, precision: str) -> Row:
         try:
@@ -301,7 +316,7 @@ class Deployment:
         return {
             "target": self.section.name,
             "runtime": _label(self.section.name, self._version()),
-            "device": self.runtime.device() if reached else self.section.device,
+            "device": device_of(self.runtime, self.section.options) if reached else self.section.device,
             "precision": precision,
             "status": "unavailable",
             "reason": None,
@@ -319,6 +334,7 @@ class Deployment:
             "status": "built",
             "size_bytes": info["size_bytes"],
             **_weight_bytes(self.pipeline.plan(precision), info["info"]),
+            **placement_row(self.section.options, info["info"]),
         }
         for name in ("compute_capabilities", "audit", "rung"):
             if name in info["info"]:

@@ -409,7 +409,11 @@ def _executed(result: Mapping[str, Any], _: Any, __: float) -> _Finding | None:
     ops = _section(result, "audit").get("ops")
     if isinstance(ops, list | tuple) and ops and all(isinstance(op, Mapping) for op in ops):
         declared = [op for op in ops if str(op.get("declared", "float")) not in ("float", "W4A16", "W8A16")]
-        missed = [op for op in declared if not str(op.get("precision", "")).startswith(("int", "nvfp4"))]
+        # By name, and only where the recipe asked for a placement search: see `placement.placement_row`.
+        excepted = set(_section(result, "placement").get("kept_float", ()))
+        floats = [op for op in declared if not str(op.get("precision", "")).startswith(("int", "nvfp4"))]
+        missed = [op for op in floats if op.get("name") not in excepted]
+        kept = [str(op.get("name")) for op in floats if op.get("name") in excepted]
         total = sum(_number(op, "macs") or 0 for op in declared)
         if not declared:
             return _Finding(0.0, "the audit shows no operation that is declared as integer", verdict="fail")
@@ -422,7 +426,10 @@ def _executed(result: Mapping[str, Any], _: Any, __: float) -> _Finding | None:
             f"{op.get('name')} ({op.get('declared')} {ran} as {op.get('precision')})" for op in missed[:3]
         )
         more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
-        text = f"{len(declared) - len(missed)} of {len(declared)} declared operations {ran} as declared"
+        text = f"{len(declared) - len(floats)} of {len(declared)} declared operations {ran} as declared"
+        if kept:
+            listed = ", ".join(kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
+            text += f"; kept in float by the placement search that the recipe asks for: {listed}"
         return _Finding(share, f"{text}; not: {names}{more}" if missed else text)
     shares = _section(result, "executed")
     if not shares:

@@ -122,7 +122,7 @@ class Artifact:
             raise ArtifactError(
                 message(f"{self.folder}: no file for {role!r}", found=", ".join(self.files) or "none", fix=_AGAIN)
             )
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\") or not name.isprintable():
             raise ArtifactError(
                 message(
                     f"{self.folder}: the name of the file for {role!r} leads out of the folder",
@@ -262,6 +262,37 @@ class Target(Protocol):
             RuntimeUnavailable: the compiler is not installed.
             UnsupportedError: an operator cannot be compiled; the message names it and our layer.
         """
+        ...
+
+
+@runtime_checkable
+class SearchingTarget(Protocol):
+    """What a target has, too, whose dialect depends on options, or on what a search measures on the runtime."""
+
+    def search(
+        self,
+        model: Path,
+        *,
+        precision: str,
+        options: Mapping[str, Any],
+        batches: Sequence[int],
+        sizes: Mapping[str, int],
+        threads: int,
+        progress: Progress,
+    ) -> dict[str, Any] | None:
+        """Measure placements of the common file `model`: a JSON document, or None where the options ask for none."""
+        ...
+
+    def dialect_for(
+        self,
+        model: Path,
+        folder: Path,
+        *,
+        precision: str,
+        options: Mapping[str, Any],
+        placement: Mapping[str, Any] | None,
+    ) -> Path:
+        """As `Target.dialect`, with the target's options and what `search` returned."""
         ...
 
 

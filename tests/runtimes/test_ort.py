@@ -343,5 +343,5 @@ def test_both_sides_name_the_metadata_alike():
     folder = "s2d_deploy.export._ort_rewrite", "s2d_deploy.runtimes._ort_loading"
     load_target("ort")
     writer, reader = (sys.modules[name] for name in folder)
-    for name in ("PART", "STORAGE", "SHIFT", "CONTAINER"):
+    for name in ("PART", "PLACED", "STORAGE", "SHIFT", "CONTAINER"):
         assert getattr(writer, name) == getattr(reader, name)
