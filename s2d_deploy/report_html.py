@@ -17,6 +17,7 @@ import yaml
 
 from s2d_deploy import plots, plots_layers, report_errors
 from s2d_deploy import report_format as fmt
+from s2d_deploy import report_speed as speed
 from s2d_deploy import report_summary as words
 from s2d_deploy import report_tables as tables
 from s2d_deploy.markup import Markup, join, tag
@@ -184,11 +185,21 @@ def _gates(report: Report) -> Markup:
 
 def _performance(labelled: plots.Labelled) -> Markup | None:
     drawn = plots.grid(
-        [*plots.accuracy(labelled), plots.tradeoff(labelled), plots.latency(labelled), plots.executed(labelled)]
+        [
+            *plots.accuracy(labelled),
+            plots.tradeoff(labelled),
+            plots.latency(labelled),
+            plots.executed(labelled),
+            speed.roofline(labelled),
+            speed.throughput(labelled),
+        ]
     )
-    timed = tables.latency_table(labelled)
-    details = tag("details", tag("summary", "Latency in numbers"), timed) if timed else None
-    return join([drawn, details]) if drawn or details else None
+    numbers = {
+        "Latency in numbers": tables.latency_table(labelled),
+        "Cold start, memory and roofline in numbers": speed.resources_table(labelled),
+    }
+    details = [tag("details", tag("summary", words), shown) for words, shown in numbers.items() if shown]
+    return join([drawn, *details]) if drawn or details else None
 
 
 def _conditioning(report: Report) -> Markup:

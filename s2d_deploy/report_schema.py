@@ -194,6 +194,34 @@ class Latency(_Open):
     note: str | None = None
 
 
+class FootprintFacts(_Open):
+    """Cold start and memory of one artifact in a process of its own (`footprint.Footprint`)."""
+
+    import_ms: float | None = None
+    open_ms: float | None = None
+    first_run_ms: float | None = None
+    cold_start_ms: float | None = None
+    memory_bytes: int | None = None
+    process_bytes: int | None = None
+
+
+class Throughput(_Open):
+    """One batch size."""
+
+    batch: int | None = None
+    p50_ms: float | None = None
+    samples_per_second: float | None = None
+    stable: bool | None = None
+
+
+class RooflineFacts(_Open):
+    """How near a median latency comes to what the machine can do (`peak.Roofline`)."""
+
+    floor_ms: float | None = None
+    share: float | None = None
+    bound: str | None = None
+
+
 class Result(_Open):
     """One target at one precision."""
 
@@ -209,6 +237,9 @@ class Result(_Open):
     metric: Metric | None = None
     parity: Parity | None = None
     latency_ms: Latency | None = None
+    throughput: list[Throughput] = Field(default_factory=list)
+    footprint: FootprintFacts | None = None
+    roofline: RooflineFacts | None = None
     speedup_over_float: float | None = None
     speedup_ci: list[float | None] | None = None
     size_bytes: int | None = None
@@ -228,6 +259,9 @@ class Result(_Open):
             "parity": bool(p.accumulators_checked or p.codes_checked) or p.snr_db is not None,
             "latency_ms": bool(t.samples) or any(v is not None for v in (t.p50, t.p90, t.p99, t.min, t.max)),
             "speedup_over_float": self.speedup_over_float is not None,
+            "throughput": bool(self.throughput),
+            "footprint": self.footprint is not None,
+            "roofline": self.roofline is not None,
         }
         wrong = [name for name, claimed in claims.items() if claimed]
         if wrong:

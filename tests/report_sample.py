@@ -165,6 +165,19 @@ def _result(target: str, precision: str, rng: random.Random) -> dict[str, Any]:
             "stable": not (target == "tvm" and precision == "w4a8"),
             "note": "interleaved with the float baseline",
         },
+        "throughput": [
+            {"batch": b, "p50_ms": centre * b * 0.9, "samples_per_second": 1e3 / (centre * 0.9), "stable": True}
+            for b in (1, 8, 32)
+        ],
+        "footprint": {
+            "import_ms": 210.0,
+            "open_ms": 35.0,
+            "first_run_ms": 3 * centre,
+            "cold_start_ms": 35.0 + 3 * centre,
+            "memory_bytes": 30_000_000,
+            "process_bytes": 190_000_000,
+        },
+        "roofline": {"floor_ms": 0.4 * centre, "share": 0.4, "bound": "compute"},
         "speedup_over_float": SPEED[precision],
         "speedup_ci": [SPEED[precision] * 0.97, SPEED[precision] * 1.03],
     }

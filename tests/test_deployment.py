@@ -137,7 +137,7 @@ def test_a_machine_that_refuses_stops_everything(deployment):
 
 def test_a_fault_while_timing_keeps_what_was_verified(deployment, monkeypatch):
     monkeypatch.setattr("s2d_deploy.deployment.UNTIMED", ())
-    monkeypatch.setattr("s2d_deploy.deployment.measure", raising(RuntimeError("clock")))
+    monkeypatch.setattr("s2d_deploy.bench.measure", raising(RuntimeError("clock")))
     made = deployment()
     rows = made.rows()
     assert {row["status"] for row in rows} == {"measured"}
