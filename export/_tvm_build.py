@@ -22,6 +22,10 @@ from s2d_deploy.errors import RuntimeUnavailable, UnsupportedError, message
 from s2d_deploy.qgraph import contractions, metadata
 from s2d_deploy.session import Array, Progress
 
+from ._tvm_cuda_compile import DeviceCode, require_cuda_compiler
+from ._tvm_cuda_isa import CudaIsa, cuda_target, is_cuda, parse_device
+from ._tvm_cuda_link import device_code, own_compiler
+from ._tvm_cuda_schedule import schedule_threads
 from ._tvm_emit import Emitter
 from ._tvm_import import GraphImporter, product_params
 from ._tvm_isa import Isa, host_name, isa_of, require_known_processor, required_features, resolve_target
@@ -40,11 +44,13 @@ class Built:
         executable: TVM's VM executable.
         parameters: by name.
         description: JSON document that the runtime adapter reads (see `runtimes/_tvm_artifact.py`).
+        code: of the GPU, for CUDA.
     """
 
     executable: Any
     parameters: dict[str, Array]
     description: dict[str, Any]
+    code: DeviceCode | None = None
 
 
 def require_compiler() -> None:
@@ -71,20 +77,28 @@ def compile_model(
         model: the common ONNX model.
         batches: batch sizes, all at least 1.
         sizes: sizes of further dynamic dimensions, by name.
-        device: see `resolve_target`.
+        device: see `resolve_target` and `parse_device`.
         progress: is told what is being done.
 
     Raises:
         RecipeError: an unknown device, or a dynamic dimension without a size.
+        RuntimeUnavailable: no CUDA compiler, or one that knows no such architecture.
         UnsupportedError: an operator cannot be compiled; the message names it.
     """
     import tvm
     from tvm import relax
 
-    attributes = resolve_target(device)
-    require_known_processor(attributes)
-    target = tvm.target.Target(attributes)
-    isa = isa_of(target)
+    isa: Isa | CudaIsa
+    if is_cuda(device):
+        isa = parse_device(device)
+        require_cuda_compiler(isa)
+        attributes = cuda_target(isa)
+        target = tvm.target.Target(attributes)
+    else:
+        attributes = resolve_target(device)
+        require_known_processor(attributes)
+        target = tvm.target.Target(attributes)
+        isa = isa_of(target)
     builder = relax.BlockBuilder()
     emitter = Emitter(builder, isa)
     found = contractions(model)
@@ -127,7 +141,9 @@ def compile_model(
     if graph is None:
         raise ValueError("no batch size")
     progress("TVM: optimizing and compiling")
-    executable = _compile(builder.get(), target, isa)
+    made: dict[str, DeviceCode] = {}
+    executable = _compile(builder.get(), target, isa, made)
+    code = device_code(executable, isa, made) if isinstance(isa, CudaIsa) else None
     description = {
         "precision": metadata(model).get("s2d.precision", "fp32"),
         "plan_sha256": metadata(model).get("s2d.plan_sha256", ""),
@@ -141,12 +157,15 @@ def compile_model(
         "ops": ops,
         "target": attributes,
         "isa": isa.name,
-        "features": required_features(target),
+        "features": required_features(target) if isinstance(isa, Isa) else [],
         "built_on": host_name(),
         "tvm": tvm.__version__,
-        "disassembly": _instructions(executable, isa),
     }
-    return Built(executable, parameters, description)
+    if isinstance(isa, CudaIsa) and code is not None:
+        description |= {"compute_capability": isa.capability, **code.description()}
+    elif isinstance(isa, Isa):
+        description["disassembly"] = _instructions(executable, isa)
+    return Built(executable, parameters, description, code)
 
 
 def _batch_name(model: onnx.ModelProto) -> str:
@@ -221,7 +240,11 @@ def _accumulate_function(name: str, product: Product, stored: Stored | None, emi
 
 
 def _describe(
-    ops: dict[str, dict[str, Any]], product: Product, stored: Stored | None, emitter: Emitter, batch: int
+    ops: dict[str, dict[str, Any]],
+    product: Product,
+    stored: Stored | None,
+    emitter: Emitter,
+    batch: int,
 ) -> None:
     executed = "int8" if product.arithmetic == "integer" else "float32"
     entry = ops.setdefault(
@@ -259,7 +282,7 @@ def _storage(product: Product, stored: Stored | None) -> str:
     return {"uint8": "int4, two a byte", "int8": "int8", "float32": "float32"}[stored.packed.dtype.name]
 
 
-def _compile(module: Any, target: Any, isa: Isa) -> Any:
+def _compile(module: Any, target: Any, isa: Isa | CudaIsa, made: dict[str, DeviceCode]) -> Any:
     import tvm
     from tvm import relax
 
@@ -288,9 +311,9 @@ def _compile(module: Any, target: Any, isa: Isa) -> Any:
         t.AttachGlobalSymbol(),
     ]
     try:
-        with target, _quiet():
+        with target, _quiet(), own_compiler(isa, made) if isinstance(isa, CudaIsa) else contextlib.nullcontext():
             module = tvm.transform.Sequential(front)(module)
-            module = schedule_loops(module, isa.lanes)
+            module = schedule_loops(module, isa.lanes) if isinstance(isa, Isa) else schedule_threads(module)
             module = tvm.transform.Sequential(back)(module)
             return relax.build(module, target=target, relax_pipeline=None)
     except tvm.error.InternalError as error:

@@ -7,7 +7,8 @@ with the whole panel. Accumulators stay in registers; at the end they go through
 the epilogue runs, and reads and writes, along rows.
 
 What is multiplied, `_Operands` decides: bytes by dp4a or INT8 tensor cores, 4-bit codes by INT4 ones. A zero point of
-the left operand costs a second product, with the zero point in place of the codes: ``sum (a - z) b = sum a b - sum z b``.
+the left operand costs a second product, with the zero point in place of the codes (``sum (a - z) b`` is
+``sum a b - sum z b``);
 128 for signed codes costs nothing, for they are made signed again. Every sum is exact, modulo 2^32.
 
 Tiles are not tuned: no GPU was at hand. The right operand lies in the CPU's own panels (`_tvm_panels`).

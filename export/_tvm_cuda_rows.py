@@ -1,4 +1,4 @@
-"""TensorIR kernels for CUDA that work row by row, a warp for each row: LayerNorm, softmax, row sums; and panels of codes.
+"""TensorIR kernels for CUDA that work row by row, a warp for each row: LayerNorm, softmax, sums; and panels of codes.
 
 The same arithmetic as the CPU's (`_tvm_rows`, `_tvm_attention`), summed in another order: two passes for the variance,
 the largest value subtracted before the exponential, probabilities multiplied by the reciprocal of their sum where
@@ -170,11 +170,11 @@ def panels_kernel(batch: tuple[int, int], panels: Panels, source: Place, offset:
 def _row(rows: int) -> Iterator[tuple[Any, Any]]:
     """A row, and this thread's lane of the warp that has it."""
     b = ir()
-    with b.launch_thread("blockIdx.x", -(-rows // _ROWS)) as block:
-        with b.launch_thread("threadIdx.x", _ROWS * WARP) as thread:
-            row = block * _ROWS + thread // WARP
-            with when(row < rows if rows % _ROWS else True):  # whole warps, so that folds see every lane
-                yield row, thread % WARP
+    grid, threads = -(-rows // _ROWS), _ROWS * WARP
+    with b.launch_thread("blockIdx.x", grid) as block, b.launch_thread("threadIdx.x", threads) as thread:
+        row = block * _ROWS + thread // WARP
+        with when(row < rows if rows % _ROWS else True):  # whole warps, so that folds see every lane
+            yield row, thread % WARP
 
 
 def _held(value: Any) -> Any:

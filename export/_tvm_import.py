@@ -318,7 +318,10 @@ class GraphImporter:
         flat = self._flat(inputs[0], (rows, width))
         return [
             self._flat(
-                self._kernel(self.emitter.kernels.softmax(rows, width), f"softmax_{rows}x{width}", [flat], (rows, width)), shape
+                self._kernel(
+                    self.emitter.kernels.softmax(rows, width), f"softmax_{rows}x{width}", [flat], (rows, width)
+                ),
+                shape,
             )
         ]
 

@@ -149,7 +149,7 @@ def resolve_target(device: str) -> dict[str, Any]:
         raise RecipeError(
             message(
                 f"unknown device {device!r} for TVM",
-                expected='"native", or "llvm" with any of -mcpu=, -mattr=, -mtriple=',
+                expected='"native", "llvm" with any of -mcpu=, -mattr=, -mtriple=, or "cuda" with -arch=',
                 fix="for example device: 'llvm -mcpu=x86-64-v3'",
             )
         )

@@ -46,19 +46,28 @@ def link(executable: Any, folder: Path, target: Any) -> tuple[dict[str, str], st
         return {"program": PROGRAM, "code": CODE}, _note(target)
 
     def shared(output: str, objects: Sequence[str], **_: Any) -> None:
-        # Without symbol tables: they weigh more than the code.
-        how = ["-shared", "-fPIC", "-s", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ())]
-        try:
-            done = subprocess.run([*command, *how, "-o", output, *objects], capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise _refused(target, command, f"{type(error).__name__}: {error}") from error
-        if done.returncode:
-            lines = (done.stderr + done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-            telling = ("error", "cannot", "incompatible", "unrecognised")
-            raise _refused(target, command, next((x for x in lines if any(word in x for word in telling)), lines[-1]))
+        link_with(command, target, output, objects)
 
     executable.export_library(str(folder / LIBRARY), fcompile=shared)
     return {"library": LIBRARY}, ""
+
+
+def link_with(command: Sequence[str], target: Any, output: str, objects: Sequence[str]) -> None:
+    """Link `objects` for `target` into the shared library `output`, by the compiler `command`.
+
+    Raises:
+        RuntimeUnavailable: it is not there, or refuses.
+    """
+    # Without symbol tables: they weigh more than the code.
+    how = ["-shared", "-fPIC", "-s", *(("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ())]
+    try:
+        done = subprocess.run([*command, *how, "-o", output, *objects], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise _refused(target, command, f"{type(error).__name__}: {error}") from error
+    if done.returncode:
+        lines = (done.stderr + done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        telling = ("error", "cannot", "incompatible", "unrecognised")
+        raise _refused(target, command, next((x for x in lines if any(word in x for word in telling)), lines[-1]))
 
 
 def linker_of(target: Any) -> list[str] | None:

@@ -20,6 +20,7 @@ from s2d_deploy.errors import UnsupportedError, message
 from s2d_deploy.qgraph import Contraction, Operand, attributes
 from s2d_deploy.session import Array
 
+from ._tvm_cuda_isa import CudaIsa
 from ._tvm_isa import Isa
 from ._tvm_panels import Panels, panel_width
 from ._tvm_static import StaticGraph
@@ -181,7 +182,11 @@ def token_operands(graph: StaticGraph) -> dict[str, Token]:
 
 
 def lower_product(
-    graph: StaticGraph, contraction: Contraction, tokens: dict[str, Token], isa: Isa, packed: dict[str, Stored | None]
+    graph: StaticGraph,
+    contraction: Contraction,
+    tokens: dict[str, Token],
+    isa: Isa | CudaIsa,
+    packed: dict[str, Stored | None],
 ) -> tuple[Product, Stored | None]:
     """Decide how `contraction` is compiled, and pack what it stores.
 

@@ -99,6 +99,7 @@ class UnitEmitter:
             factors,  # type: ignore[arg-type]
             factor,
         )
+        geometry = self.emitter.kernels.geometry(geometry, product)
         scale = params["scale"]
         first = Place(_shape(scale), (0, 0, 0, 1))
         operands = (first, *(p for _, p in unit.operands))
@@ -169,7 +170,9 @@ class UnitEmitter:
         else:
             shape = (geometry.products, geometry.rows, product.panels.n)
             scores = self._call(kernel, geometry.name, product.name, given[:-1], [Place(shape, (0, 0, 0, 0))])
-            out = self._call(softmax, f"softmax_codes_{'x'.join(map(str, shape))}", "", [*scores, given[-1]], [place])[0]
+            out = self._call(softmax, f"softmax_codes_{'x'.join(map(str, shape))}", "", [*scores, given[-1]], [place])[
+                0
+            ]
         name = unit.results[0][0]
         outer = product.out_batch
         strides = [geometry.rows * depth] * len(outer)

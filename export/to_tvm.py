@@ -24,8 +24,10 @@ from typing import Any
 from s2d_deploy.errors import RecipeError, S2DDeployError, UnsupportedError, message
 from s2d_deploy.qgraph import initializers, load_model, metadata, require_integer_codes
 from s2d_deploy.runtimes._tvm_artifact import DESCRIPTION, PARAMETERS, write_description
+from s2d_deploy.runtimes._tvm_cuda import gpu_audit
 from s2d_deploy.session import Artifact, Progress
 
+from ._tvm_cuda_link import link_cuda
 from ._tvm_isa import NATIVE
 from ._tvm_link import link
 
@@ -103,12 +105,13 @@ class TvmTarget:
             folder: exists.
             precision: name for the manifest.
             options: ``batch``: a size or a list of sizes (default 1); ``shapes``: sizes of further dynamic dimensions,
-                by name; ``device``: ``"native"`` (default), or ``"llvm -mcpu=... -mattr=... -mtriple=..."``.
+                by name; ``device``: ``"native"`` (default), ``"llvm -mcpu=... -mattr=... -mtriple=..."``, or for a GPU
+                ``"cuda -arch=sm_86 -kernels=..."``.
             progress: is told what is being done.
 
         Raises:
             RecipeError: an unknown option, or a wrong value.
-            RuntimeUnavailable: TVM is not installed, or the linker refuses the target's code.
+            RuntimeUnavailable: TVM is not installed, the linker refuses the target's code, or no CUDA compiler.
             UnsupportedError: an operator cannot be compiled; the message names it.
         """
         batches, sizes, device = _options(options)
@@ -120,7 +123,11 @@ class TvmTarget:
         progress("TVM: linking")
         import tvm
 
-        files, note = link(built.executable, folder, tvm.target.Target(built.description["target"]))
+        target = tvm.target.Target(built.description["target"])
+        if built.code is None:
+            files, note = link(built.executable, folder, target)
+        else:
+            files, note = link_cuda(built.executable, folder, target, built.code), ""
         from safetensors.numpy import save_file
 
         save_file(built.parameters, folder / PARAMETERS)
@@ -136,6 +143,10 @@ class TvmTarget:
             "weight_size_bytes": sum(op["weight_size_bytes"] for op in description["ops"].values()) or None,
             "notes": [f"{name}: {op['note']}" for name, op in description["ops"].items() if op["note"]],
         }
+        if built.code is not None:
+            audit = gpu_audit(description, description["batches"][0])
+            info |= {"compute_capabilities": [description["compute_capability"]], "compiler": built.code.compiler}
+            info |= {"audit": audit.to_dict(), "rung": audit.rung}
         if note:
             info["notes"].append(note)
         return Artifact(folder, self.name, precision, files, info)
@@ -179,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "  python -m s2d_deploy.export.to_tvm bert/model.onnx out/tvm --shape sequence=128\n"
             "  python -m s2d_deploy.export.to_tvm model.onnx out/tvm --device 'llvm -mcpu=x86-64-v3'\n"
             "  python -m s2d_deploy.export.to_tvm model.onnx out/tvm \\\n"
-            "    --device 'llvm -mtriple=aarch64-linux-gnu -mattr=+neon,+dotprod'"
+            "    --device 'llvm -mtriple=aarch64-linux-gnu -mattr=+neon,+dotprod'\n"
+            "  python -m s2d_deploy.export.to_tvm model.onnx out/tvm --device 'cuda -arch=sm_86'"
         ),
     )
     parser.add_argument(
@@ -199,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--device",
         default=NATIVE,
-        help="native: the best instruction set of this machine (default); or 'llvm -mcpu=... -mattr=... -mtriple=...'",
+        help="native: the best instruction set of this machine (default); 'llvm -mcpu=... -mattr=... -mtriple=...'; "
+        "or a GPU: 'cuda -arch=sm_86', with -kernels=dp4a, int8 or int4 for less than its best (needs nvcc or NVRTC)",
     )
     arguments = parser.parse_args(argv)
     try:

@@ -59,7 +59,7 @@ class LocalMachine:
         self._wanted_threads = threads
         self._tensor: Callable[[Array], Any] = tvm.runtime.tensor
         with loading(artifact, about, tvm.__version__):
-            self._vm: Any = tvm.runtime.vm.VirtualMachine(_load(tvm, artifact), tvm.cpu())
+            self._vm: Any = tvm.runtime.vm.VirtualMachine(load_executable(tvm, artifact), tvm.cpu())
         self._stored = {name: self._tensor(array) for name, array in stored.items()}
         self._arguments: dict[str, tuple[Sequence[str], tuple[Any, ...]]] = {}
 
@@ -105,7 +105,7 @@ def import_tvm() -> Any:
     return tvm
 
 
-def _load(tvm: Any, artifact: Artifact) -> Any:
+def load_executable(tvm: Any, artifact: Artifact) -> Any:
     """The VM executable: a linked library, or its two parts (see `_tvm_artifact`)."""
     from tvm_ffi import load_module
 

@@ -1,4 +1,4 @@
-"""Runtime `tvm`: the VM executable that `export/to_tvm.py` built, on this processor.
+"""Runtime `tvm`: the VM executable that `export/to_tvm.py` built, on this processor, or for CUDA on the first GPU.
 
 - `run` calls the entry of the batch size at hand. An artifact has entries for the batch sizes it was built for; other
   batches are cut into those, the largest first, and a rest smaller than all of them is padded with copies of its last
@@ -28,6 +28,7 @@ from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung, 
 
 from ._cpu_features import byte_dot_product, cpu_name
 from ._tvm_artifact import read_description
+from ._tvm_cuda import GpuMachine, doctor_lines, gpu_audit, is_for_gpu
 from ._tvm_machine import LocalMachine, Machine, TimingMachine
 
 _RUNGS: dict[str, Rung] = {
@@ -107,6 +108,8 @@ class TvmSession:
     def audit(self) -> Audit:
         """Every contraction with its kernel and the arithmetic that it executes."""
         self._open()
+        if is_for_gpu(self._about):
+            return gpu_audit(self._about, self._batches[0])
         about, ops, rungs, notes = self._about, [], [], []
         smallest = str(self._batches[0])
         counts: dict[str, int] = about["disassembly"]["kernels"]
@@ -257,6 +260,10 @@ class TvmRuntime:
         """The processor and the dot product that our kernels use on it."""
         return f"cpu: {os.cpu_count()} threads, {byte_dot_product() or 'no byte dot product'} ({cpu_name()})"
 
+    def details(self) -> list[str]:
+        """Lines for `doctor`: whether artifacts for CUDA can be built here, and whether they can be run."""
+        return doctor_lines()
+
     def rung(self, precision: str) -> Rung | None:
         """The rung that `precision` gets here; None for an unknown precision."""
         rung = _RUNGS.get(precision)
@@ -269,11 +276,12 @@ class TvmRuntime:
         Raises:
             ArtifactError: truncated, foreign or changed.
             RuntimeUnavailable: TVM is not installed.
-            DeviceUnavailable: this processor lacks features that the artifact was built for.
+            DeviceUnavailable: this processor lacks features that the artifact was built for, or there is no GPU of the
+                compute capability that it was built for.
         """
         if threads < 1:
             raise DataError(message("the number of threads", expected="1 or more", found=str(threads)))
-        return TvmSession(artifact, partial(LocalMachine, threads=threads))
+        return TvmSession(artifact, partial(_machine, threads=threads))
 
     def at(self, address: str) -> Runtime:
         """This runtime on another machine: ``rpc://host:port/key`` (a tracker), ``rpc://host:port`` (a server).
@@ -286,6 +294,10 @@ class TvmRuntime:
         from ._tvm_rpc import remote_runtime
 
         return remote_runtime(address)
+
+
+def _machine(artifact: Artifact, about: dict[str, Any], threads: int) -> Machine:
+    return (GpuMachine if is_for_gpu(about) else LocalMachine)(artifact, about, threads)
 
 
 RUNTIME = TvmRuntime()

@@ -129,7 +129,8 @@ static int code(int word, int i, const char* type) {
 //   A  m16: a0 a1 a2 a3 hold rows g, g + 8, g, g + 8, the last two the second half of K;  m8: a0 holds row g
 //   B  b0 (and b1: the second half of K) hold column g
 //   C  row g (and, of m16, g + 8): columns 2 t and 2 t + 1                      with g = lane / 4, t = lane % 4
-static void ptx_mma(int rows, const char* left, const char* right, std::vector<int*> c, std::vector<int> a, std::vector<int> b) {
+static void ptx_mma(int rows, const char* left, const char* right, std::vector<int*> c, std::vector<int> a,
+                    std::vector<int> b) {
   Held* warp = exchanged([&](Held& h) {
     std::copy(a.begin(), a.end(), h.a);
     std::copy(b.begin(), b.end(), h.b);
@@ -214,7 +215,8 @@ class Emulator:
         path.write_text(emulated(source))
         library = folder / "kernels.so"
         options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-fwrapv", "-w", "-shared", "-fPIC"]
-        done = subprocess.run(["g++", *options, str(path), "-o", str(library)], capture_output=True, text=True)
+        command = [str(shutil.which("g++")), *options, str(path), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]
         self._library = ctypes.CDLL(str(library))
 
