@@ -22,7 +22,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from s2d_deploy import __version__
-from s2d_deploy.cli_options import debug_option, device_option, gate_options, model_options, recipe_options
+from s2d_deploy.cli_options import (
+    debug_option,
+    device_option,
+    gate_options,
+    model_options,
+    recipe_options,
+    report_options,
+)
 from s2d_deploy.errors import EXIT_GATE_FAILED, EXIT_UNAVAILABLE, EXIT_USER_ERROR, S2DDeployError, exit_code_of
 from s2d_deploy.interrupts import remember_interrupts
 
@@ -501,13 +508,54 @@ def _judge_report(
 
 
 @cli.command(short_help="Write report.json, .html, .md and junit.xml.")
-@recipe_options
-def report(as_json: bool, **options: Any) -> None:
+@report_options
+def report(as_json: bool, bundle: Path | None, check: Path | None, rerun: bool, **options: Any) -> None:
     """Write report.json, report.html, report.md and junit.xml (exit code 0 whatever the gates say).
 
-    report.html is self-contained: it can be mailed, or kept as a CI artifact.
+    report.html is self-contained: it can be mailed, or kept as a CI artifact. --bundle packs what its claims rest on;
+    --check says which claims of a bundle hold (exit code 1: one does not). It reads the file and believes nothing.
+
+    \b
+    Examples:
+      s2d-deploy report my.yaml --bundle evidence.zip
+      s2d-deploy report --check evidence.zip
+      s2d-deploy report --check evidence.zip --rerun --set data.path=./images
     """
-    _finish(as_json, options, judge=False)
+    from s2d_deploy.errors import RecipeError, message
+
+    if check is not None:
+        if options["recipe"] is not None or bundle is not None:
+            raise RecipeError(message("--check reads a bundle, and nothing else", fix="leave RECIPE and --bundle out"))
+        _check_bundle(as_json, check, rerun, options)
+        return
+    if options["recipe"] is None or rerun:
+        raise RecipeError(message("report needs a RECIPE, or --check FILE; --rerun belongs to --check"))
+    if bundle is not None and not bundle.parent.is_dir():  # now, not behind the measurement
+        raise RecipeError(message(f"--bundle {bundle}: no folder {bundle.parent}", fix="make it first"))
+    _finish(as_json, options, judge=False, bundle=bundle)
+
+
+def _check_bundle(as_json: bool, path: Path, rerun: bool, options: dict[str, Any]) -> None:
+    from s2d_deploy.bundle_check import check, holds, read_bundle
+    from s2d_deploy.errors import EXIT_GATE_FAILED, RecipeError, message
+    from s2d_deploy.tables import claims_table
+
+    ignored = [n for n in ("output", "overrides", "precisions", "targets", "threads", "update") if options[n]]
+    if ignored and not rerun:
+        raise RecipeError(message("--check runs nothing", found=", ".join(ignored), fix="add --rerun"))
+    evidence = read_bundle(path)
+    claims = check(evidence)
+    if rerun:
+        from s2d_deploy.bundle_rerun import rerun as run_again
+
+        with tempfile.TemporaryDirectory(prefix="s2d-deploy-") as folder:
+            options = options | {"recipe": evidence.recipe, "output": options["output"] or Path(folder) / "run"}
+            with _opened(**options) as pipeline:
+                claims += run_again(evidence, pipeline)
+    listed = [claim.to_dict() for claim in claims]
+    document = {"bundle": path.name, "sha256": evidence.sha256, "claims": listed}
+    _print(document, as_json, lambda: click.echo(claims_table(listed)))
+    _exit(0 if holds(claims) else EXIT_GATE_FAILED)
 
 
 @cli.command(short_help="Everything; goes on where it was stopped.")
@@ -534,6 +582,7 @@ def _finish(
     against: Any = None,
     junit: Path | None = None,
     summary: Path | None = None,
+    bundle: Path | None = None,
 ) -> None:
     from s2d_deploy.gate import exit_code
     from s2d_deploy.gating import apply_baseline, write_files
@@ -549,6 +598,11 @@ def _finish(
             extra = write_files(report, folder=files[0].parent if changed else None, junit=junit, summary=summary)
             files = list(dict.fromkeys([*files, *extra]))
             code = code if outcome.errors else exit_code(report["verdict"])
+        if bundle is not None:
+            from s2d_deploy.bundle import make_bundle
+
+            said.append(f"{bundle}: evidence with digest {make_bundle(pipeline, report, bundle)}")
+            files.append(bundle)
     _say_verdicts(as_json, report, files, said)
     _say_errors(outcome.errors)
     if judge or outcome.errors:

@@ -27,11 +27,11 @@ debug_option = click.option(
 )
 
 
-def recipe_options(command: F) -> F:
+def recipe_options(command: F, *, required: bool = True) -> F:
     """A recipe, its run folder, and what narrows or overrides it."""
     return _with(
         command,
-        click.argument("recipe"),
+        click.argument("recipe", required=required),
         click.option(
             "--output", "--out", "-o", type=click.Path(path_type=Path), help="Run folder [default: runs/<recipe name>]."
         ),
@@ -51,6 +51,19 @@ def recipe_options(command: F) -> F:
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
         click.option("--quiet", "-q", is_flag=True, help="No progress."),
         debug_option,
+    )
+
+
+def report_options(command: F) -> F:
+    """A recipe, or an evidence bundle in its place."""
+    file = click.Path(path_type=Path, dir_okay=False)
+    return _with(
+        recipe_options(command, required=False),
+        click.option(
+            "--bundle", type=file, metavar="FILE", help="Pack the evidence, too: raw samples, digests, recipe (a zip)."
+        ),
+        click.option("--check", type=file, metavar="FILE", help="Recompute every claim of this bundle; runs nothing."),
+        click.option("--rerun", is_flag=True, help="With --check: run its recipe, and compare codes and outcomes."),
     )
 
 

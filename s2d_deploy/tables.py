@@ -138,6 +138,17 @@ def errors_table(analyses: Iterable[Mapping[str, Any]], worst: int = 5) -> str:
     return _text(table)
 
 
+def claims_table(claims: Sequence[Mapping[str, Any]]) -> str:
+    """What became of a bundle's claims (`bundle_check.Claim`): counts, and each that does not hold or is open."""
+    words = {True: "holds", False: "DOES NOT HOLD", None: "not checked"}
+    count = {answer: sum(claim["holds"] is answer for claim in claims) for answer in words}
+    lines = [f"{count[True]} of {len(claims)} claims hold, {count[False]} do not, {count[None]} cannot be checked"]
+    for answer in (False, None):
+        shown = [claim for claim in claims if claim["holds"] is answer]
+        lines += [f"  {words[answer]}: {c['what']}" + (f" ({c['note']})" if c["note"] else "") for c in shown]
+    return "\n".join(lines)
+
+
 def comparison_table(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> str:
     """Two runs side by side."""
     table = Table(title=Text(f"{first}  |  {second}"), title_justify="left")
