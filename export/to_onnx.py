@@ -5,16 +5,18 @@ QuantizeLinear/DequantizeLinear pair. Then the graph is brought into the common 
 INT4/INT8 initializers, Gemm becomes MatMul + Add, transposes move in front of quantizers, equal
 quantizers of one tensor become one, and contractions and sites get their plan names.
 
-Run as a script: ``python -m s2d_deploy.export.to_onnx QUANTIZED_FOLDER OUT.onnx``.
+Run as a script: ``python -m s2d_deploy.export.to_onnx QUANTIZED_FOLDER OUT.onnx``, which writes an example beside it.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import io
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +32,7 @@ from onnxscript import opset21 as op21
 from torch import Tensor, nn
 
 from s2d_deploy import __version__
-from s2d_deploy.errors import ModelError, UnsupportedError, message
+from s2d_deploy.errors import ModelError, S2DDeployError, UnsupportedError, message
 from s2d_deploy.fake_quant import quantize
 from s2d_deploy.grid import Grid, PerAxis, PerToken
 from s2d_deploy.plan import Plan, Site
@@ -565,3 +567,52 @@ def _drop_unused(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.consumers() and not value.is_graph_output():
             del graph.initializers[name]
+
+
+def export_checkpoint(folder: Path, path: Path, model: str | None = None) -> onnx.ModelProto:
+    """The common ONNX file of a quantized checkpoint (``<run>/quantize/<precision>``).
+
+    Args:
+        folder: what ``s2d-deploy quantize`` left.
+        path: where to write.
+        model: of a folder outside its run: a ``save_pretrained`` folder or hub id.
+
+    Raises:
+        ArtifactError, DataError, RecipeError, ModelError: as `load_quantized`; else as `export_onnx`.
+    """
+    from s2d_deploy.quantized_checkpoint import load_quantized
+
+    found = load_quantized(folder, model)
+    return export_onnx(found.module, found.plan, found.sample, [found.output], path, dynamic=found.dynamic)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line: a quantized checkpoint becomes the common ONNX file, with an example that computes it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m s2d_deploy.export.to_onnx",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Export a quantized checkpoint (<run>/quantize/<precision>, written by s2d-deploy quantize) to the common\n"
+            "ONNX file: opset 21, INT4/INT8 Q/DQ, open batch. <OUT>.example.py beside it computes it with onnx alone."
+        ),
+        epilog="example: python -m s2d_deploy.export.to_onnx runs/mine/quantize/w4a4 model.onnx",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of the quantized checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT.onnx", help="where to write")
+    parser.add_argument("--model", help="of a checkpoint outside its run folder: a folder or hub id")
+    arguments = parser.parse_args(argv)
+    try:
+        proto = export_checkpoint(arguments.checkpoint, arguments.out, arguments.model)
+    except S2DDeployError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    from ._standalone import write_example
+
+    example = write_example(arguments.out.with_suffix(".example.py"), proto, file=arguments.out.name)
+    print(f"{arguments.out}: {arguments.out.stat().st_size:,} bytes")
+    print(f"{example}: computes it with onnx and NumPy alone")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

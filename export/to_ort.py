@@ -7,7 +7,8 @@ The artifact is that one ONNX file. Plain onnxruntime loads it, without this pac
     outputs = session.run(None, {"pixel_values": images})
 
 Weights stay INT4 or INT8 in the file and are unpacked when the session loads, so the file that ships is small and the
-kernels see bytes. Run as a script: ``python -m s2d_deploy.export.to_ort COMMON.onnx OUT_FOLDER``.
+kernels see bytes. Run as a script: ``python -m s2d_deploy.export.to_ort CHECKPOINT|COMMON.onnx OUT_FOLDER``, which also
+writes a manifest and an example that needs nothing of this project.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -27,12 +30,15 @@ import onnx
 from onnx import numpy_helper
 
 from s2d_deploy.errors import ArtifactError, PlanError, RecipeError, RuntimeUnavailable, S2DDeployError, message
+from s2d_deploy.files import read_json, write_json
 from s2d_deploy.qgraph import initializers, load_model, metadata, require_integer_codes
-from s2d_deploy.registry import load_runtime
+from s2d_deploy.registry import load_checkpoint_exporter, load_runtime
 from s2d_deploy.session import Artifact, Audit, Progress
 
 from ._ort_placement import DEFAULT_MARGIN, scratch_session, search
+from ._ort_placement import KIND as PLACEMENT_KIND
 from ._ort_rewrite import to_integer_kernels, to_plain_quantizers
+from ._standalone import EXAMPLE, write_example, write_manifest
 
 FILE = "model.onnx"
 OPTIONS = ("providers", "graph_optimization_level", "dialect", "placement", "margin", "int8_activations")
@@ -387,34 +393,47 @@ def _summary_of(placement: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: a common ONNX file becomes an artifact; prints its size and what it executes."""
+    """Command line: a quantized checkpoint or a common ONNX file becomes an artifact that stands alone."""
     parser = argparse.ArgumentParser(
         prog="python -m s2d_deploy.export.to_ort",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Rewrite a common ONNX file (written by s2d_deploy.export.to_onnx) onto ONNX Runtime's integer kernels,\n"
-            "load it once, and print what it executes."
+            "Build for ONNX Runtime from a quantized checkpoint (<run>/quantize/<precision>, written by s2d-deploy\n"
+            "quantize) or from a common ONNX file (written by s2d_deploy.export.to_onnx). Writes into OUT_FOLDER:\n"
+            "  model.onnx       on ONNX Runtime's integer kernels (beyond 1 GB with model.onnx.data)\n"
+            "  manifest.json    files with SHA-256, inputs, outputs, options, versions, what it was made from\n"
+            "  example.py       loads and runs it with onnxruntime and NumPy alone\n"
+            "  placement.json   with --placement search: what was measured, and what was chosen\n"
+            "and prints what the artifact executes."
         ),
         epilog=(
-            "The result, OUT_FOLDER/model.onnx, needs nothing but onnxruntime:\n\n"
+            "The result needs nothing but onnxruntime:\n\n"
             "  import onnxruntime\n"
             '  session = onnxruntime.InferenceSession("OUT_FOLDER/model.onnx")\n'
             "  outputs = session.run(None, {session.get_inputs()[0].name: batch})\n\n"
-            "example: python -m s2d_deploy.export.to_ort quantized/model.onnx out/ort --threads 2"
+            "example: python -m s2d_deploy.export.to_ort runs/mine/quantize/w8a8 out/ort --threads 2\n"
+            "example: python -m s2d_deploy.export.to_ort common.onnx out/ort --placement search --shape sequence=128"
         ),
     )
     parser.add_argument(
-        "model", type=Path, metavar="COMMON.onnx", help="the common ONNX file; its metadata names the precision"
+        "model",
+        type=Path,
+        metavar="CHECKPOINT|COMMON.onnx",
+        help="a quantized checkpoint's folder, or a common ONNX file, whose metadata names the precision",
     )
     parser.add_argument(
-        "folder", type=Path, metavar="OUT_FOLDER", help="where model.onnx goes; made where it does not exist"
+        "folder", type=Path, metavar="OUT_FOLDER", help="where the files go; made where it does not exist"
     )
-    parser.add_argument("--threads", type=int, default=1, help="threads of the session that is audited (default: 1)")
+    parser.add_argument(
+        "--model", dest="source", metavar="MODEL", help="of a checkpoint outside its run folder: a folder or hub id"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of the sessions that measure (default: 1)")
     parser.add_argument(
         "--provider",
         action="append",
         metavar="NAME",
-        help="an execution provider of onnxruntime, repeatable, most preferred first (default: CPUExecutionProvider)",
+        help="an execution provider: cpu, cuda, openvino, xnnpack, or any by name; repeatable, most preferred first "
+        "(default: cpu)",
     )
     parser.add_argument(
         "--graph-optimization-level",
@@ -422,24 +441,107 @@ def main(argv: Sequence[str] | None = None) -> int:
         default="all",
         help="how far onnxruntime may rewrite the graph when it loads (default: all)",
     )
+    parser.add_argument(
+        "--placement",
+        default="default",
+        metavar="search|FILE",
+        help="search: measure the forms of each op here, and keep what is faster than float by the margin; FILE: the "
+        "placement.json of an earlier search",
+    )
+    parser.add_argument("--margin", type=float, default=DEFAULT_MARGIN, help=f"see --placement ({DEFAULT_MARGIN})")
+    parser.add_argument("--int8-activations", action="store_true", help="let the search round INT4 blocks' activations")
+    parser.add_argument("--batch", type=int, default=1, help="batch size that the search measures (default: 1)")
+    parser.add_argument(
+        "--shape", action="append", default=[], metavar="NAME=SIZE", help="of another open dimension, as sequence=128"
+    )
     arguments = parser.parse_args(argv)
-    options = {
-        "providers": arguments.provider or list(DEFAULT_PROVIDERS),
-        "graph_optimization_level": arguments.graph_optimization_level,
-    }
     try:
-        if arguments.threads < 1:
-            raise RecipeError(message("--threads", expected="1 or more", found=str(arguments.threads)))
-        precision = metadata(load_model(arguments.model)).get("s2d.precision", "none")
-        dialect = TARGET.dialect(arguments.model, arguments.folder, precision=precision)
-        artifact = TARGET.build(dialect, arguments.folder, precision=precision, options=options, progress=print)
-        with load_runtime("ort").open(artifact, threads=arguments.threads) as session:
-            audit = session.audit()
+        artifact, audit = _built(arguments)
     except S2DDeployError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(_summary(artifact, audit))
     return 0
+
+
+def _built(arguments: argparse.Namespace) -> tuple[Artifact, Audit]:
+    """What the command line asks for, done."""
+    for name in ("threads", "batch"):
+        if getattr(arguments, name) < 1:
+            raise RecipeError(message(f"--{name}", expected="1 or more", found=str(getattr(arguments, name))))
+    searching = arguments.placement == "search"
+    options = {
+        "providers": arguments.provider or list(DEFAULT_PROVIDERS),
+        "graph_optimization_level": arguments.graph_optimization_level,
+        "placement": "search" if searching else "default",
+        "margin": arguments.margin,
+        "int8_activations": arguments.int8_activations,
+    }
+    settings = _settings(options)
+    with tempfile.TemporaryDirectory() as scratch:
+        common, source = arguments.model, {"common": arguments.model.name}
+        if arguments.model.is_dir():
+            common = Path(scratch) / FILE
+            load_checkpoint_exporter()(arguments.model, common, arguments.source)
+            source = {"checkpoint": arguments.model.name}
+        precision = metadata(load_model(common)).get("s2d.precision", "none")
+        folder: Path = arguments.folder
+        placement = _placement_of(arguments, common, precision, options)
+        folder.mkdir(parents=True, exist_ok=True)
+        dialect = TARGET.dialect_for(common, folder, precision=precision, options=options, placement=placement)
+    artifact = TARGET.build(dialect, folder, precision=precision, options=options, progress=print)
+    with load_runtime("ort").open(artifact, threads=arguments.threads) as session:
+        audit = session.audit()
+    artifact = replace(artifact, info=artifact.info | {"rung": audit.rung, "executed": audit.executed})
+    model = onnx.load(artifact.path("model"), load_external_data=False)
+    if placement is not None:
+        write_json(folder / "placement.json", placement)
+    write_manifest(artifact, model, source)
+    names = [str(p if isinstance(p, str) else p[0]) for p in settings["providers"]]
+    write_example(folder / EXAMPLE, model, file=FILE, providers=[runtime_provider(n) for n in names])
+    return artifact, audit
+
+
+def runtime_provider(name: str) -> str:
+    """The full name of an execution provider, as onnxruntime wants it."""
+    runtime: Any = load_runtime("ort")
+    return str(runtime.provider(name))
+
+
+def _placement_of(
+    arguments: argparse.Namespace, common: Path, precision: str, options: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """A search, an earlier one's file, or None."""
+    if arguments.placement == "default":
+        return None
+    if arguments.placement != "search":
+        path = Path(arguments.placement)
+        document = read_json(path)
+        if document.get("kind") != PLACEMENT_KIND or document.get("precision") != precision:
+            raise ArtifactError(
+                message(
+                    f"{path}: not the placement of this model",
+                    expected=f"kind {PLACEMENT_KIND!r} of {precision}",
+                    found=f"kind {document.get('kind')!r} of {document.get('precision')}",
+                    fix="search again: --placement search",
+                )
+            )
+        return document
+    sizes = {}
+    for text in arguments.shape:
+        name, _, size = text.partition("=")
+        if not name or not size.isdigit() or int(size) < 1:
+            raise RecipeError(message(f"--shape {text!r}", expected="NAME=SIZE, for example sequence=128"))
+        sizes[name] = int(size)
+    return TARGET.search(
+        common,
+        precision=precision,
+        options=options,
+        batches=[arguments.batch],
+        sizes=sizes,
+        threads=arguments.threads,
+        progress=print,
+    )
 
 
 def _summary(artifact: Artifact, audit: Audit) -> str:

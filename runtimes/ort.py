@@ -31,7 +31,7 @@ from ._onnx_cuts import different_nodes, quantizer_model
 from ._ort_audit import audit_graph
 from ._ort_forced import ForcedOps
 from ._ort_loading import SHIFT, STORAGE, new_session, optimized_graph, session_of
-from ._ort_providers import asked_for, inventory, short_name
+from ._ort_providers import asked_for, full_name, inventory, short_name
 
 _RUNGS: dict[str, Rung] = {
     "fp32": "float",
@@ -205,6 +205,10 @@ class OrtRuntime:
         """What an artifact with these options runs on: its providers in their order."""
         names = [short_name(name) for name, _ in asked_for(options)]
         return self.device() if names == ["cpu"] else ", then ".join(self.device() if n == "cpu" else n for n in names)
+
+    def provider(self, name: str) -> str:
+        """``"cuda"`` -> ``"CUDAExecutionProvider"``, as onnxruntime's own API wants it."""
+        return full_name(name)
 
     def details(self) -> list[str]:
         """Lines for `doctor`: the execution providers that this onnxruntime has, and those that it lacks."""

@@ -54,6 +54,11 @@ def load_exporter() -> Callable[..., Any]:
     return cast(Callable[..., Any], import_module("s2d_deploy.export.to_onnx").export_onnx)
 
 
+def load_checkpoint_exporter() -> Callable[..., Any]:
+    """`export_checkpoint` of ``export/to_onnx.py``: a quantized checkpoint's folder -> the common ONNX file."""
+    return cast(Callable[..., Any], import_module("s2d_deploy.export.to_onnx").export_checkpoint)
+
+
 def check_target(name: str) -> None:
     """Raise RecipeError unless a target of that name exists; imports nothing."""
     if name not in TARGETS and name not in entry_points(group=TARGET_GROUP).names:
