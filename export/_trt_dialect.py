@@ -33,13 +33,14 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from s2d_deploy.errors import UnsupportedError, message
+from s2d_deploy.errors import ArtifactError, UnsupportedError, message
 from s2d_deploy.qgraph import attributes, load_model, metadata
 from s2d_deploy.session import as_codes
 
 from ._trt_fp4 import is_fp4, to_tensorrt
 
 CODES = {"INT4": (-8, 7), "UINT4": (0, 15), "INT8": (-128, 127), "UINT8": (0, 255)}  # container -> its codes
+OPSETS = (21, 24)  # INT4 begins with 21; 24 is the last that was tried
 INT8_MIN, INT8_MAX = CODES["INT8"]
 
 
@@ -111,16 +112,35 @@ def write_dialect(source: Path, target: Path) -> onnx.ModelProto:
     """Rewrite the common ONNX file `source` into `target`, checked by the ONNX checker with shape inference.
 
     Raises:
-        ArtifactError: `source` is no readable ONNX file.
+        ArtifactError: `source` is no readable ONNX file, or of another opset.
         UnsupportedError: see `to_dialect`.
     """
-    model = to_dialect(load_model(source))
+    model = load_model(source)
+    require_opset(model, source)
+    model = to_dialect(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
     to_tensorrt(model)
     onnx.checker.check_model(model, full_check=False)
     save(model, target)
     return model
+
+
+def require_opset(model: onnx.ModelProto, path: Path) -> None:
+    """Refuse operators of other versions: TensorRT's parser reads any number, and guesses.
+
+    Raises:
+        ArtifactError: the file's opset is none that this project writes or TensorRT's parser knows.
+    """
+    found = next((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), 0)
+    if not OPSETS[0] <= found <= OPSETS[1]:
+        raise ArtifactError(
+            message(
+                f"{path}: opset {found}",
+                expected=f"{OPSETS[0]} to {OPSETS[1]}",
+                fix="export it again, or convert it with onnx.version_converter",
+            )
+        )
 
 
 def save(model: onnx.ModelProto, path: Path) -> None:
@@ -177,6 +197,12 @@ def _weights(g: _Graph) -> None:
                 "fix: per-channel weights, or float activations (w4a16), for this layer with quantize.overrides"
             )
             continue
+        if along := _along_the_sum(node, users, g.array(node.input[1])):
+            g.refused.append(
+                f"{site}: scales along axis {along[0]} of {along[1]}'s weight, which is summed over; TensorRT takes "
+                "one for each output channel; fix: per-channel weights as s2d-deploy quantize makes them"
+            )
+            continue
         packed = onnx.TensorProto.DataType.Name(g.stored[node.input[0]].data_type) == "INT4"
         codes = as_codes(g.array(node.input[0])).astype(np.int16)
         zero = as_codes(g.array(node.input[2])).astype(np.int16)
@@ -195,6 +221,21 @@ def _weights(g: _Graph) -> None:
             g.refused.append(f"{site}: block-wise weights with zero points; fix: symmetric weights")
             continue
         _store(g, node, codes, np.dtype(ml_dtypes.int4) if keep else np.dtype(np.int8))
+
+
+def _along_the_sum(
+    node: onnx.NodeProto, users: Iterable[onnx.NodeProto], scale: npt.NDArray[Any]
+) -> tuple[int, str] | None:
+    """The axis of per-channel scales, and the product that sums over it, if one does: TensorRT ignores such an axis."""
+    values = attributes(node)
+    if scale.ndim != 1 or scale.size < 2 or values.get("block_size"):
+        return None
+    axis = int(values.get("axis", 1))
+    for user in users:
+        outer = {"MatMul": (1, -1), "Conv": (0,)}.get(user.op_type)
+        if outer is not None and axis not in outer:
+            return axis, user.name
+    return None
 
 
 def _store(g: _Graph, node: onnx.NodeProto, codes: npt.NDArray[Any], dtype: np.dtype[Any]) -> None:

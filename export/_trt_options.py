@@ -34,6 +34,9 @@ class Options:
         workspace_mb: limit of scratch memory; None is TensorRT's own.
         tf32: let float products run in TF32 (10 bits of mantissa).
         optimization_level: 0 to 5; None is TensorRT's own.
+        plugins: shared libraries with TensorRT plugins that the graph needs; loaded here and where the engine runs.
+        timing_cache: a file that keeps what TensorRT measured while it chose kernels, for the next build; TensorRT-RTX
+            chooses on the device, and has none.
         compress: store the engine as ``.xz``.
         timeout_s: give up after this many seconds.
     """
@@ -48,6 +51,8 @@ class Options:
     workspace_mb: int | None = None
     tf32: bool = False
     optimization_level: int | None = None
+    plugins: tuple[str, ...] = ()
+    timing_cache: str | None = None
     compress: bool = True
     timeout_s: float = 1800.0
 
@@ -178,6 +183,18 @@ def _whole(least: int, most: int) -> Any:
     return check
 
 
+def _path(value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise TypeError("a path")
+    return value
+
+
+def _paths(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v for v in value):
+        raise TypeError("a list of paths")
+    return tuple(value)
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError("true or false")
@@ -201,6 +218,8 @@ _CHECKS: dict[str, Any] = {
     "workspace_mb": _whole(1, 1 << 20),
     "tf32": _flag,
     "optimization_level": _whole(0, 5),
+    "plugins": _paths,
+    "timing_cache": _path,
     "compress": _flag,
     "timeout_s": _seconds,
 }

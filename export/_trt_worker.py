@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from s2d_deploy.errors import RuntimeUnavailable
+from s2d_deploy.errors import DeviceUnavailable, RuntimeUnavailable
+from s2d_deploy.files import atomic_write
 from s2d_deploy.runtimes import _trt_package as package
+from s2d_deploy.runtimes._cuda_driver import Driver
 
 PRESET = 1  # of lzma: engines are mostly repetitive program text; higher presets gain 10 % and take ten times as long
 
@@ -26,11 +28,12 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         request: ``model`` and ``engine`` (paths), ``compress``, ``capabilities`` (names as ``SM86``, or ``CURRENT``),
-            ``shapes`` ({input: [min, opt, max]}), ``workspace_mb`` or None, ``tf32``, ``level`` or None.
+            ``shapes`` ({input: [min, opt, max]}), ``workspace_mb`` or None, ``tf32``, ``level`` or None, ``plugins``
+            and ``timing_cache`` (paths; the latter may be None).
 
     Returns:
         ``{"stage": "done", ...}`` with layers, io, seconds and sizes, or another stage (``package``, ``capability``,
-        ``parse``, ``build``) with what stood in the way.
+        ``plugin``, ``parse``, ``build``) with what stood in the way.
     """
     try:
         trt = package.load()
@@ -41,6 +44,9 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     known = sorted(getattr(getattr(trt, "ComputeCapability", None), "__members__", {}))
     if set(request["capabilities"]) - {"CURRENT", *known}:
         return {**answer, "stage": "capability", "known": known}
+    for plugin in request["plugins"]:
+        if reason := package.load_plugin(trt, plugin):
+            return {**answer, "stage": "plugin", "plugin": plugin, "errors": [reason]}
     started = time.perf_counter()
     builder = trt.Builder(log)
     if builder is None:
@@ -56,9 +62,12 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
             "errors": log.errors,
         }
     config = _config(trt, builder, request)
+    timings = _timings(trt, config, request["timing_cache"])
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         return {**answer, "stage": "build", "errors": log.errors}
+    if timings is not None:
+        atomic_write(Path(request["timing_cache"]), bytes(timings.serialize()))
     data = bytes(serialized)
     Path(request["engine"]).write_bytes(lzma.compress(data, preset=PRESET) if request["compress"] else data)
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
@@ -72,7 +81,26 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         "layers": log.layers,
         "inputs": [_tensor(t) for t in tensors],
         "outputs": [_tensor(t) for t in outputs],
+        "gpu": _gpu() if request["capabilities"] == ["CURRENT"] else None,
     }
+
+
+def _timings(trt: Any, config: Any, path: str | None) -> Any:
+    """TensorRT's timing cache, as far as it was filled before; None where there is none to keep."""
+    if path is None or trt.__name__ != "tensorrt":
+        return None
+    known = Path(path).read_bytes() if Path(path).is_file() else b""
+    timings = config.create_timing_cache(known)
+    return timings if config.set_timing_cache(timings, ignore_mismatch=False) else None
+
+
+def _gpu() -> dict[str, str] | None:
+    """The GPU that an engine for the current one was built on."""
+    try:
+        device = Driver().device()
+    except DeviceUnavailable:
+        return None
+    return {"name": device.name, "capability": device.capability, "driver": device.driver}
 
 
 def _config(trt: Any, builder: Any, request: dict[str, Any]) -> Any:

@@ -211,6 +211,7 @@ def _describe(
         "compute": compute,
         "build_seconds": round(answer["seconds"], 1),
         "gpu": answer.get("gpu"),
+        "plugins": list(options.plugins),
         "ops": ops,
         "layers": listing(layers),
         "audit": replace(audit, notes=(*notes, *audit.notes)).to_dict(),

@@ -6,8 +6,10 @@ import; that counts as not installed, with the reason kept.
 
 from __future__ import annotations
 
+import ctypes
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from s2d_deploy.errors import RuntimeUnavailable, message
@@ -48,6 +50,22 @@ def load() -> Any:
             fix=INSTALL,
         )
     )
+
+
+def load_plugin(trt: Any, path: str) -> str | None:
+    """Load a plugin library into TensorRT's registry; None, or why it does not load.
+
+    The system's loader is asked first: TensorRT-RTX 1.7 crashes the process over a library that does not load.
+    """
+    if not Path(path).is_file():
+        return "no such file"
+    try:
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return str(error)
+    known = len(trt.get_plugin_registry().all_creators)
+    trt.get_plugin_registry().load_library(path)
+    return None if len(trt.get_plugin_registry().all_creators) > known else "it registers no plugin"
 
 
 def new_log(trt: Any) -> Any:

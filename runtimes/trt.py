@@ -96,6 +96,15 @@ class TensorRTRuntime:
         misfit = why_not(description, trt.__name__, str(trt.__version__), device)
         if misfit:
             raise ArtifactError(misfit)
+        for plugin in description.get("plugins", ()):
+            if reason := package.load_plugin(trt, plugin):
+                raise ArtifactError(
+                    message(
+                        f"the engine needs the plugin library {plugin}, which does not load",
+                        found=reason,
+                        fix="put the library there, built for this version of TensorRT",
+                    )
+                )
         engine = _engine_bytes(artifact)
         return TensorRTSession(trt, driver, description, engine, cache.place(engine, device.capability))
 

@@ -80,7 +80,7 @@ class Graph:
             self.nodes,
             "g",
             [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in (output, *outputs)],
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * len(shape)) for n in (output, *outputs)],
             self.stored,
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
