@@ -106,7 +106,7 @@ def _softmax(x: Any, row: Any, width: int, lane: Any) -> tuple[Callable[[Any], A
     largest = _held(_folded("max", width, lane, lambda at: x[row * width + at]))
 
     def power(at: Any) -> Any:
-        return exp_of_negative(x[row * width + at] - largest)
+        return exp_of_negative(_held(x[row * width + at] - largest))  # held, since the polynomial names it many times
 
     return power, _held(_folded("sum", width, lane, power))
 

@@ -13,13 +13,20 @@ import ctypes
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tvm
+import tvm.relax
+import tvm_ffi
 
-from s2d_deploy.export._tvm_cuda_isa import CudaIsa, cuda_target  # noqa: TID251
+from s2d_deploy.export import _tvm_build  # noqa: TID251
+from s2d_deploy.export._tvm_cuda_compile import DeviceCode  # noqa: TID251
+from s2d_deploy.export._tvm_cuda_isa import CudaIsa, cuda_target, parse_device  # noqa: TID251
+from s2d_deploy.export._tvm_cuda_schedule import schedule_threads  # noqa: TID251
 
 HEADER = r"""
 #include <ucontext.h>
@@ -51,17 +58,18 @@ struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(8) longlong2 { long long x, y; };
 #define CUDART_INF_F INFINITY
 
-struct Index { int x, y, z; };
+struct Index { int x, y; };
 static Index blockIdx, blockDim;
 struct Fiber { ucontext_t context; std::vector<char> stack; bool done; long blocks, warps; };
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
-static int current, lanes;
+static int current;
 static long block_arrivals;
 static std::vector<long> warp_arrivals;
 static const std::function<void()>* body;
-struct Thread { operator int() const { return current; } };
-static struct { Thread x; } threadIdx;
+struct Column { operator int() const { return current % blockDim.x; } };
+struct Row { operator int() const { return current / blockDim.x; } };
+static struct { Column x; Row y; } threadIdx;
 static void yield() { swapcontext(&fibers[current].context, &scheduler); }
 static void entry() { (*body)(); fibers[current].done = true; yield(); }
 static void __syncthreads() {
@@ -76,12 +84,13 @@ static void warp_barrier() {
   long wanted = ++fibers[current].warps * size;
   while (warp_arrivals[warp] < wanted) yield();
 }
-static void launch(int grid, int threads, const std::function<void()>& f) {
+static void launch(Index grid, Index size, const std::function<void()>& f) {
   body = &f;
-  blockDim = {threads, 1, 1};
+  blockDim = size;
+  int threads = size.x * size.y;
   fibers.resize(threads);
-  for (int block = 0; block < grid; ++block) {
-    blockIdx = {block, 0, 0};
+  for (int block = 0; block < grid.x * grid.y; ++block) {
+    blockIdx = {block % grid.x, block / grid.x};
     block_arrivals = 0;
     warp_arrivals.assign((threads + 31) / 32, 0);
     for (int i = 0; i < threads; ++i) {
@@ -156,13 +165,6 @@ def missing() -> str | None:
     return None if shutil.which("g++") else "no g++"
 
 
-def cuda_source(isa: CudaIsa, **kernels: Any) -> str:
-    """What TVM hands to the CUDA compiler."""
-    functions = {name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()}
-    built = tvm.compile(tvm.IRModule(functions), target=tvm.target.Target(cuda_target(isa)))
-    return str(built.mod.imports[0].inspect_source("cuda"))
-
-
 ASM = re.compile(r'asm(?: volatile)?\("([\w.]+) "?([^:]*):([^:]*):([^;]*)\);')
 
 
@@ -196,38 +198,136 @@ def emulated(source: str) -> str:
         types = [a.strip().rsplit(" ", 1)[0].replace("__restrict__", "").strip() for a in arguments.split(",")]
         given = ", ".join(f"({t})pointers[{i}]" for i, t in enumerate(types))
         wrappers.append(
-            f'extern "C" void launch_{name}(int grid, int threads, void** pointers) '
-            f"{{ launch(grid, threads, [=] {{ {name}({given}); }}); }}"
+            f'extern "C" void launch_{name}(const int* d, void** pointers) '
+            f"{{ launch({{d[0], d[1]}}, {{d[2], d[3]}}, [=] {{ {name}({given}); }}); }}"
         )
     return "\n".join([HEADER, prelude, body, *wrappers])
 
 
-class Emulator:
-    """Kernels of one source, callable with numpy arrays.
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a function.
 
-    Args:
-        folder: for the library.
-        source: see `cuda_source`.
+    Attributes:
+        kernel: its name.
+        places: which of the function's arguments it gets, in its own order.
+        sizes: blocks in x and y, threads in x and y.
     """
 
-    def __init__(self, folder: Path, source: str) -> None:
-        path = folder / "kernels.cc"
+    kernel: str
+    places: tuple[int, ...]
+    sizes: tuple[int, int, int, int]
+
+
+class Emulator:
+    """Functions of a module, for CUDA, on the CPU.
+
+    Args:
+        isa: they were generated for.
+        folder: for the library.
+        functions: PrimFuncs by name, all bound to threads.
+    """
+
+    def __init__(self, isa: CudaIsa, folder: Path, functions: Mapping[str, Any]) -> None:
+        target = tvm.target.Target(cuda_target(isa))
+        named = {name: f.with_attr("global_symbol", name).with_attr("target", target) for name, f in functions.items()}
+        module = tvm.IRModule(named)
+        source = str(tvm.compile(module, target=target).mod.imports[0].inspect_source("cuda"))
+        with target:
+            lowered = tvm.tirx.get_default_tir_pipeline(target)[0](module)
+        self.launches = {name: _launches(lowered[name].script(), named[name]) for name in named}
+        path, library = folder / "kernels.cc", folder / "kernels.so"
         path.write_text(emulated(source))
-        library = folder / "kernels.so"
-        options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-fwrapv", "-w", "-shared", "-fPIC"]
+        options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
         command = [str(shutil.which("g++")), *options, str(path), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]
         self._library = ctypes.CDLL(str(library))
 
-    def __call__(self, name: str, grid: int, threads: int, *arrays: np.ndarray) -> None:
-        """Run ``<name>_kernel`` on `grid` blocks of `threads`; outputs are written in place."""
+    def __call__(self, name: str, *arrays: np.ndarray) -> None:
+        """Run a function; outputs are written in place."""
         assert all(a.flags.c_contiguous for a in arrays)
-        pointers = (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
-        getattr(self._library, f"launch_{name}_kernel")(grid, threads, pointers)
+        self.at(name, [a.ctypes.data for a in arrays])
+
+    def at(self, name: str, addresses: Sequence[int]) -> None:
+        """Run a function on memory."""
+        for launch in self.launches[name]:
+            pointers = (ctypes.c_void_p * len(launch.places))(*(addresses[i] for i in launch.places))
+            getattr(self._library, f"launch_{launch.kernel}")((ctypes.c_int * 4)(*launch.sizes), pointers)
 
 
-def launch_of(kernel: Any) -> tuple[int, int]:
-    """Blocks and threads of a PrimFunc with thread bindings in one dimension."""
-    sizes = dict(re.findall(r'launch_thread\("(\w+\.x)", (\d+)\)', str(kernel)))
-    return int(sizes["blockIdx.x"]), int(sizes["threadIdx.x"])
+def _launches(host: str, function: Any) -> list[Launch]:
+    """What the lowered host function does, read from its text."""
+    names = [str(p.name) for p in function.params]
+
+    def place(buffer: str) -> int:
+        while buffer not in names:
+            found = re.search(rf"^\s*{buffer} = (?:(\w+)\.view\(|T\.decl_buffer\(.*data=(\w+)\.data)", host, re.MULTILINE)
+            assert found is not None, buffer
+            buffer = found.group(1) or found.group(2)
+        return names.index(buffer)
+
+    launches = []
+    for kernel, rest, axes in re.findall(r'call_ffi_kernel\("(\w+)", (.*?), launch_params=\[(.*?)\]', host):
+        arguments = [re.sub(r"^T\.int\d+\((\d+)\)$", r"\1", a.strip()) for a in rest.split(",")]
+        keys = [a.strip().strip('"') for a in axes.split(",")]
+        sizes = dict(zip(keys, map(int, arguments[len(arguments) - len(keys) :]), strict=True))
+        buffers = [a.removesuffix(".data") for a in arguments[: len(arguments) - len(keys)]]
+        assert set(keys) <= {"blockIdx.x", "blockIdx.y", "threadIdx.x", "threadIdx.y"}, keys
+        x, y, tx, ty = (sizes.get(k, 1) for k in ("blockIdx.x", "blockIdx.y", "threadIdx.x", "threadIdx.y"))
+        launches.append(Launch(kernel, tuple(map(place, buffers)), (x, y, tx, ty)))
+    assert launches
+    return launches
+
+
+class EmulatedGraph:
+    """A model that was compiled for CUDA, its program run by TVM's virtual machine and its kernels emulated.
+
+    Args:
+        model: the common ONNX model.
+        batches: batch sizes.
+        sizes: of further dynamic dimensions.
+        device: ``"cuda -arch=..."``.
+        folder: for what is made.
+        monkeypatch: the build is stopped where the CUDA compiler would be called.
+    """
+
+    def __init__(
+        self, model: Any, batches: Sequence[int], sizes: Mapping[str, int], device: str, folder: Path, monkeypatch: Any
+    ) -> None:
+        caught: dict[str, Any] = {}
+
+        def scheduled(module: Any) -> Any:
+            caught["module"] = schedule_threads(module)
+            return caught["module"]
+
+        def compiled(executable: Any, *_: Any) -> DeviceCode:
+            caught["executable"] = executable
+            return DeviceCode(b"", "none", {}, "PTX", {})
+
+        monkeypatch.setattr(_tvm_build, "schedule_threads", scheduled)
+        monkeypatch.setattr(_tvm_build, "device_code", compiled)
+        monkeypatch.setattr(_tvm_build, "require_cuda_compiler", lambda _: "none")
+        built = _tvm_build.compile_model(model, batches, sizes, device, lambda _: None)
+        self.about, self._parameters = built.description, built.parameters
+        functions = {
+            g.name_hint: f for g, f in caught["module"].functions_items() if isinstance(f, tvm.tirx.PrimFunc)
+        }
+        self.emulator = Emulator(parse_device(device), folder, functions)
+        caught["executable"].mod.write_to_file(str(folder / "program.vm"), "bin")
+        program = tvm.get_global_func("ffi.Module.load_from_file.relax.VMExecutable")(str(folder / "program.vm"))
+        for name in functions:
+            tvm_ffi.register_global_func(name, self._function(name), override=True)
+        self._vm = tvm.runtime.vm.VirtualMachine(program, tvm.cpu())
+
+    def _function(self, name: str) -> Any:
+        def run(*tensors: Any) -> None:
+            self.emulator.at(name, [t.data_ptr() for t in tensors])
+
+        return run
+
+    def __call__(self, entry: str, inputs: Sequence[np.ndarray], parameters: Sequence[str] | None = None) -> list[np.ndarray]:
+        """What `entry` returns."""
+        names = self.about["functions"][entry]["parameters"] if parameters is None else parameters
+        given = tuple(tvm.runtime.tensor(np.ascontiguousarray(self._parameters[n])) for n in names)
+        return [o.numpy() for o in self._vm[entry](*map(tvm.runtime.tensor, inputs), given)]
