@@ -370,6 +370,10 @@ def paired_finding(first: Any, second: Any, limit: float) -> _Finding:
         text += f"; a true drop of {least:.4g} fails this gate in 80 % of runs"
     if verdict == "undecided" and enough is not None and enough > drop.n:
         text += f"; a model without any drop needs {enough} samples to pass it"
+    elif verdict == "undecided" and drop.drop != limit and drop.hi > drop.lo:
+        # Half the interval, and what 80 % of runs take, must fit between the drop and the limit.
+        about = drop.n * (0.76 * (drop.hi - drop.lo) / abs(limit - drop.drop)) ** 2
+        text += f"; were the true drop the one seen, about {about:.2g} samples would decide" if about < 1e9 else ""
     return _Finding(drop.drop, text, drop.lo, drop.hi, None, verdict, True, least, enough)
 
 
@@ -383,6 +387,8 @@ def _simulation_gap(result: Mapping[str, Any], _: Any, __: float) -> _Finding | 
 def _accumulators(result: Mapping[str, Any], _: Any, __: float) -> _Finding | None:
     parity = _section(result, "parity")
     checked, different = _number(parity, "accumulators_checked"), _number(parity, "accumulators_different")
+    if checked == 0 and _section(result, "placement").get("kept_float") and not _number(parity, "ops_checked"):
+        return _Finding(0.0, "no integer product is left: the placement search kept every op in float", verdict="pass")
     if checked is None or checked <= 0 or different is None:
         return None
     return _Finding(different, f"{different:.0f} of {checked:.0f} teacher-forced int32 accumulators differ")
@@ -405,7 +411,7 @@ def _top1_flips(result: Mapping[str, Any], _: Any, __: float) -> _Finding | None
     return _Finding(flips / samples, f"{flips:.0f} of {samples:.0f} top-1 answers differ from the simulation")
 
 
-def _executed(result: Mapping[str, Any], _: Any, __: float) -> _Finding | None:
+def _executed(result: Mapping[str, Any], _: Any, limit: float) -> _Finding | None:
     ops = _section(result, "audit").get("ops")
     if isinstance(ops, list | tuple) and ops and all(isinstance(op, Mapping) for op in ops):
         declared = [op for op in ops if str(op.get("declared", "float")) not in ("float", "W4A16", "W8A16")]
@@ -419,7 +425,7 @@ def _executed(result: Mapping[str, Any], _: Any, __: float) -> _Finding | None:
             return _Finding(0.0, "the audit shows no operation that is declared as integer", verdict="fail")
         if total <= 0:
             return _Finding(None, "the audit counts no multiply-accumulates", verdict="undecided")
-        share = 1 - sum(_number(op, "macs") or 0 for op in missed) / total
+        share = 1 - sum(_number(op, "macs") or 0 for op in floats) / total
         # An artifact that was only built ran nothing: what is judged is what the compiler made of it.
         ran = "ran" if result.get("status") == "measured" else "were compiled (not run)"
         names = ", ".join(
@@ -430,6 +436,10 @@ def _executed(result: Mapping[str, Any], _: Any, __: float) -> _Finding | None:
         if kept:
             listed = ", ".join(kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
             text += f"; kept in float by the placement search that the recipe asks for: {listed}"
+            judged = 1 - sum(_number(op, "macs") or 0 for op in missed) / total
+            text += f"; not: {names}{more}" if missed else ""
+            # The share is what ran; the verdict leaves the named exceptions out.
+            return _Finding(share, text, verdict="pass" if judged >= limit - 1e-9 else "fail")
         return _Finding(share, f"{text}; not: {names}{more}" if missed else text)
     shares = _section(result, "executed")
     if not shares:
