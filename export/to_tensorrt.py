@@ -1,21 +1,22 @@
 """Target `tensorrt`: common ONNX -> explicit Q/DQ -> one engine for a list of GPUs, built with no GPU here.
 
 The dialect (`_trt_dialect`) keeps every code exact. Rungs on TensorRT: W8A8 is native (INT8 products); W4A8 and W4A4
-are emulated, 4-bit codes multiplied as INT8, because TensorRT has no 4-bit integer activations; W4A16 is weight-only.
-The 4-bit weights lie packed in the engine, two in a byte.
+are emulated, 4-bit codes multiplied as INT8, because TensorRT has no 4-bit integer activations; W4A16 is weight-only;
+NVFP4 is native on Blackwell (FP4 by FP4). 4-bit weights lie packed in the engine, two in a byte.
 
 One engine serves all listed compute capabilities: TensorRT-RTX stores kernels as portable programs and compiles them on
 the device, so six capabilities take no more room than one. The file is stored as ``.xz``, because those programs repeat
 themselves (a ViT-Tiny's 19 MB become 2.4 MB); reading it is ``lzma.decompress``.
 
 What was built is audited from the layer list that the builder prints: fusions and operand types are seen, nothing is
-executed. Run as a script: ``python -m s2d_deploy.export.to_tensorrt COMMON.onnx FOLDER``.
+executed. Run as a script: ``python -m s2d_deploy.export.to_tensorrt CHECKPOINT|COMMON.onnx FOLDER``.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,16 +27,20 @@ from onnx import numpy_helper
 
 from s2d_deploy import __version__
 from s2d_deploy.errors import ArtifactError, RuntimeUnavailable, S2DDeployError, UnsupportedError, message
-from s2d_deploy.files import write_json
+from s2d_deploy.files import read_json, write_json
+from s2d_deploy.graph_check import sound
 from s2d_deploy.qgraph import contractions, load_model, metadata
+from s2d_deploy.registry import load_checkpoint_exporter
 from s2d_deploy.runtimes import _trt_package as package
 from s2d_deploy.runtimes._trt_layers import audit_layers, listing, low_bit_bytes, parse_layers
 from s2d_deploy.session import Artifact, Progress
 
+from ._standalone import write_manifest
 from ._trt_attention import fuse_attention
 from ._trt_build import compile_engine
 from ._trt_compute import Compute, to_compute
 from ._trt_dialect import save, widen_weights, write_dialect
+from ._trt_example import EXAMPLE, write_example
 from ._trt_fp4 import uses_fp4, with_fp4
 from ._trt_options import KEY, Options
 
@@ -67,7 +72,8 @@ class TensorRTTarget:
                 )
             )
         target = folder / DIALECT
-        write_dialect(model, target)
+        with sound(str(model)):
+            write_dialect(model, target)
         return target
 
     def shape_options(self, batches: Sequence[int], sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -219,45 +225,45 @@ def _describe(
 
 
 EPILOG = """
-what you get in OUT_FOLDER
-  model.engine.xz  the engine, for all listed GPUs (Ampere 8.0, 8.6; Ada 8.9; Blackwell 12.0, 12.1)
-  engine.json      versions, capabilities, shapes, and for each layer what precision the compiled engine gives it
-  model.onnx       what TensorRT's parser read: explicit Q/DQ, signed INT8, zero points 0
+rungs: w8a8 native (INT8 x INT8); w4a8, w4a4 emulated (4-bit codes multiplied as INT8); w4a16 weight-only;
+nvfp4 native on Blackwell, and nowhere else.
 
 examples
-  for an RTX 30 and an RTX 40, batches up to 16:
-    python -m s2d_deploy.export.to_tensorrt model.onnx out --compute-capability 8.6 8.9 --batch 1 4 16
-  a text model with a dynamic length:
-    python -m s2d_deploy.export.to_tensorrt model.onnx out --dimension sequence 1 64 128
+  from a quantized checkpoint, for an RTX 30 and an RTX 40, batches up to 16:
+    python -m s2d_deploy.export.to_tensorrt runs/mine/quantize/w8a8 out --compute-capability 8.6 8.9 --batch 1 4 16
+  a text model with a dynamic length, float parts in FP16:
+    python -m s2d_deploy.export.to_tensorrt model.onnx out --dimension sequence 1 64 128 --compute fp16
 
-load it without this project (the machine needs an NVIDIA GPU and driver)
-  import lzma, tensorrt_rtx as trt
-  log = trt.Logger(trt.Logger.WARNING)
-  engine = trt.Runtime(log).deserialize_cuda_engine(lzma.open("out/model.engine.xz").read())
-  context = engine.create_execution_context()
-  # x, y: CUDA tensors of the shapes in engine.json
-  context.set_input_shape("pixel_values", tuple(x.shape))
-  context.set_tensor_address("pixel_values", x.data_ptr())
-  context.set_tensor_address("logits", y.data_ptr())
-  context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
-
-rungs: w8a8 native (INT8 x INT8); w4a8, w4a4 emulated (4-bit codes multiplied as INT8); w4a16 weight-only.
 exit codes: 0 built, 2 the input or an option is wrong or cannot be expressed, 3 TensorRT is not installed.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: a common ONNX file -> an artifact folder."""
+    """Command line: a quantized checkpoint or a common ONNX file -> an artifact folder that stands alone."""
     parser = argparse.ArgumentParser(
         prog="python -m s2d_deploy.export.to_tensorrt",
-        description="Compile a common ONNX file (written by `s2d-deploy export` or export/to_onnx.py) into a TensorRT "
-        "engine. No GPU is needed to build; running the engine needs one.",
+        description="Build a TensorRT engine from a quantized checkpoint (<run>/quantize/<precision>, written by\n"
+        "s2d-deploy quantize) or from a common ONNX file (written by s2d_deploy.export.to_onnx). No GPU is needed\n"
+        "to build; running the engine needs one. Writes into OUT_FOLDER:\n"
+        "  model.engine.xz  the engine, for all listed GPUs (Ampere 8.0, 8.6; Ada 8.9; Blackwell 12.0, 12.1)\n"
+        "  engine.json      versions, capabilities, shapes; each layer's types and what was fused into it\n"
+        "  model.onnx       what TensorRT's parser read: explicit Q/DQ, signed INT8 with zero points 0, or FP4\n"
+        "  manifest.json    files with SHA-256, inputs, outputs, options, versions, what it was made from\n"
+        "  example.py       loads and runs it with TensorRT and NumPy alone",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = Options()
-    parser.add_argument("model", type=Path, metavar="COMMON.onnx", help="the common ONNX file")
-    parser.add_argument("folder", type=Path, metavar="OUT_FOLDER", help="where the artifact goes")
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="CHECKPOINT|COMMON.onnx",
+        help="a quantized checkpoint's folder, or a common ONNX file, whose metadata names the precision",
+    )
+    parser.add_argument("folder", type=Path, metavar="OUT_FOLDER", help="where the files go")
+    parser.add_argument(
+        "--model", dest="source", metavar="MODEL", help="of a checkpoint outside its run folder: a folder or hub id"
+    )
     parser.add_argument(
         "--compute-capability",
         nargs="+",
@@ -277,6 +283,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="another dynamic dimension",
     )
     parser.add_argument(
+        "--compute",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        default=default.compute,
+        help="type of the float part (auto: fp16 for w*a16, else fp32, where the simulation is followed exactly)",
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("exact", "fused"),
+        default=default.attention,
+        help="fused: 8-bit attention as one kernel, with 128 steps for its probabilities instead of the plan's 256",
+    )
+    parser.add_argument(
         "--weights",
         choices=("int4", "int8"),
         default=default.weight_storage,
@@ -285,6 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tf32", action="store_true", help="let float products run in TF32 (faster, 10 bits of mantissa)"
     )
+    parser.add_argument("--plugin", action="append", default=[], metavar="FILE", help="a library with plugins")
+    parser.add_argument("--timing-cache", metavar="FILE", help="kept between builds (package tensorrt only)")
     parser.add_argument("--workspace-mb", type=int, metavar="MB", help="limit of scratch memory")
     parser.add_argument("--timeout", type=float, default=default.timeout_s, metavar="S", help="give up after S seconds")
     parser.add_argument("--no-compress", action="store_true", help="write model.engine instead of model.engine.xz")
@@ -298,19 +318,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print((artifact.folder / DESCRIPTION).read_text(encoding="utf-8"))
     else:
-        shares = ", ".join(f"{share:.1%} {name}" for name, share in artifact.info["audit"]["executed"].items())
+        audit = artifact.info["audit"]
+        shares = ", ".join(f"{share:.1%} {name}" for name, share in audit["executed"].items())
         print(
-            f"{artifact.path('engine')}: {artifact.precision}, {artifact.size_bytes} bytes, "
+            f"{artifact.path('engine')}: {artifact.precision}, {artifact.size_bytes:,} bytes, "
             f"rung {artifact.info['rung']}"
         )
-        print(f"compiled, not run: {shares} of the multiply-accumulates ({artifact.info['audit']['evidence']})")
+        print(f"compiled, not run: {shares} of the multiply-accumulates ({audit['evidence']})")
+        for note in audit["notes"]:
+            print(f"note: {note}")
+        print(f"{artifact.folder / EXAMPLE}: runs it with {artifact.info['package']} and NumPy alone")
     return 0
 
 
 def _from_command_line(arguments: argparse.Namespace) -> Artifact:
     options: dict[str, Any] = {
+        "compute": arguments.compute,
+        "attention": arguments.attention,
         "weight_storage": arguments.weights,
         "tf32": arguments.tf32,
+        "plugins": arguments.plugin,
+        "timing_cache": arguments.timing_cache,
         "workspace_mb": arguments.workspace_mb,
         "timeout_s": arguments.timeout,
         "compress": not arguments.no_compress,
@@ -325,15 +353,24 @@ def _from_command_line(arguments: argparse.Namespace) -> Artifact:
     if ranges:
         options["dimensions"] = ranges
     Options.parse(options)  # before any work
-    precision = metadata(load_model(arguments.model)).get("s2d.precision", "none")
-    dialect = TARGET.dialect(arguments.model, arguments.folder, precision=precision)
-    return TARGET.build(
-        dialect,
-        arguments.folder,
-        precision=precision,
-        options=options,
-        progress=lambda text: None if arguments.json else print(text, file=sys.stderr),
-    )
+    folder: Path = arguments.folder
+    with tempfile.TemporaryDirectory() as scratch:
+        common, source = arguments.model, {"common": arguments.model.name}
+        if arguments.model.is_dir():
+            common, source = Path(scratch) / DIALECT, {"checkpoint": arguments.model.name}
+            load_checkpoint_exporter()(arguments.model, common, arguments.source)
+        precision = metadata(load_model(common)).get("s2d.precision", "none")
+        dialect = TARGET.dialect(common, folder, precision=precision)
+        artifact = TARGET.build(
+            dialect,
+            folder,
+            precision=precision,
+            options=options,
+            progress=lambda text: None if arguments.json else print(text, file=sys.stderr),
+        )
+    write_manifest(artifact, load_model(dialect), source)
+    write_example(folder, artifact.files["engine"], read_json(folder / DESCRIPTION))
+    return artifact
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import os
@@ -488,7 +489,7 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         script.main(["--help"])
     text = capsys.readouterr().out
-    for part in ("--compute-capability", "load it without this project", "exit codes", "w4a4 emulated", "engine.json"):
+    for part in ("--compute-capability", "example.py", "exit codes", "w4a4 emulated", "engine.json", "CHECKPOINT"):
         assert part in text.replace("w4a8, w4a4 emulated", "w4a4 emulated")
 
 
@@ -512,7 +513,37 @@ def test_script_builds_and_prints_one_document(tmp_path):
     document = json.loads(done.stdout)
     assert document["compute_capabilities"] == ["8.6", "8.9"]
     assert document["batch"] == {"min": 1, "opt": 2, "max": 4}
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["engine.json", "model.engine.xz", "model.onnx"]
+    files = ["engine.json", "example.py", "manifest.json", "model.engine.xz", "model.onnx"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == files
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["source"]["common"] == "common.onnx"
+    assert manifest["inputs"]["x"] == {"dtype": "float", "shape": ["batch", 16, WIDTH]}
+    assert {f["name"]: f["sha256"] for f in manifest["files"]}["model.engine.xz"] == hashlib.sha256(
+        (tmp_path / "out" / "model.engine.xz").read_bytes()
+    ).hexdigest()
+    example = (tmp_path / "out" / "example.py").read_text()
+    compile(example, "example.py", "exec")
+    assert "s2d_deploy" not in example
+    if load_runtime("tensorrt").available() is not None:  # it fails for want of a driver, and of nothing else
+        failed = subprocess.run(
+            [sys.executable, str(tmp_path / "out" / "example.py")], capture_output=True, text=True, check=False, cwd="/"
+        )
+        assert failed.returncode == 1
+        assert "an NVIDIA GPU of 8.6 or 8.9 with its driver" in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+@needs_tensorrt
+def test_script_takes_a_quantized_checkpoint(finished, tmp_path, capsys):
+    checkpoint = finished.folder / "quantize" / "w4a16"
+    chosen = ["--compute-capability", "8.6", "--compute", "bf16"]
+    assert script.main([str(checkpoint), str(tmp_path / "out"), *chosen]) == 0
+    text = capsys.readouterr().out
+    assert "rung weight-only" in text
+    assert "compiled, not run: 100.0% bfloat16" in text
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["source"]["checkpoint"] == "w4a16"
+    assert manifest["info"]["compute"] == "bf16"
 
 
 def test_script_answers_bad_input_with_exit_code_2(tmp_path, capsys):

@@ -7,8 +7,10 @@ What TensorRT itself computes is tested on a GPU only (test_trt.py).
 from __future__ import annotations
 
 import ctypes
+import lzma
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -287,6 +289,48 @@ def test_bad_feeds_are_refused_before_anything_is_copied(gpu: ctypes.CDLL, monke
         monkeypatch.setattr(Context, "get_tensor_shape", lambda self, name: (-1, 4))
         with pytest.raises(UnsupportedError, match=r"output 'y': its shape depends on values"):
             session.run({"x": np.ones((2, 4), np.float32)})
+
+
+FAKE = """
+import ctypes, numpy as np
+class Logger:
+    WARNING = 1
+    def __init__(self, level): pass
+class Runtime:
+    def __init__(self, log): pass
+    def deserialize_cuda_engine(self, data): return Engine() if data == b"engine" else None
+class Engine:
+    def create_execution_context(self): return Context()
+class Context:
+    at, shape = {}, None
+    def set_input_shape(self, name, shape): self.shape = shape
+    def get_tensor_shape(self, name): return self.shape
+    def set_tensor_address(self, name, address): self.at[name] = address
+    def execute_async_v3(self, stream):
+        x, y = (np.ctypeslib.as_array((ctypes.c_float * 8).from_address(self.at[n])) for n in "xy")
+        y[:] = x + 3
+"""
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_example_beside_an_engine_runs_without_this_project(library: Path, tmp_path: Path, packed: bool) -> None:
+    example = import_module("s2d_deploy.export._trt_example")
+    name = "model.engine.xz" if packed else "model.engine"
+    (tmp_path / name).write_bytes(lzma.compress(b"engine") if packed else b"engine")
+    (tmp_path / "tensorrt_rtx.py").write_text(FAKE)
+    path = example.write_example(tmp_path, name, DESCRIPTION)
+    path.write_text(path.read_text() + "    print(array.ravel().tolist())\n")
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path += {[p for p in sys.path if p]}; "
+         f"sys.path.insert(0, {str(tmp_path)!r}); exec(compile(open({str(path)!r}).read(), {str(path)!r}, 'exec'), "
+         f"{{'__file__': {str(path)!r}}}); assert 's2d_deploy' not in sys.modules"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"LD_LIBRARY_PATH": str(library.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["y (2, 4) float32", str([3.0] * 8)]
 
 
 def test_the_inspectors_json_is_audited(gpu: ctypes.CDLL) -> None:
