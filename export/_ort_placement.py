@@ -2,8 +2,8 @@
 
 For each op that can be written in several forms (`_ort_rewrite.forms_of`), the op is cut out of the common file with
 its quantizers and its bias, each form is built and opened as an artifact would be, and all forms take turns in one
-process (`s2d_deploy.latency`). Ops that do the same work are measured once. A quantized form is kept where it takes at most
-``1 - margin`` of the time of the float form; otherwise the op stays in float: the stored weight dequantized when the
+process (`s2d_deploy.latency`). Ops that do the same work are measured once. A quantized form is kept where it takes at
+most ``1 - margin`` of the time of the float form; otherwise the op stays in float: the stored weight dequantized when the
 session loads, the activations not rounded. Exact forms must give the same output as the default form, or they are out.
 
 Then the whole model is measured in the placement that was found, in the default one, and in float, and the same rule
@@ -27,6 +27,7 @@ import numpy as np
 import onnx
 
 from s2d_deploy.errors import UnsupportedError, message
+from s2d_deploy.large_models import stored_bytes
 from s2d_deploy.latency import LatencyStats, measure, ratio
 from s2d_deploy.one_op import one_op, signature
 from s2d_deploy.qgraph import contractions
@@ -73,7 +74,8 @@ def search(
 
     Returns:
         A JSON document: ``forms`` (op -> form, where not the default), ``kept_float`` (ops that the plan promises
-        integers for and that stay in float), ``groups`` (what was measured, by distinct work) and ``whole`` (the last measurement).
+        integers for and that stay in float), ``groups`` (what was measured, by distinct work) and ``whole`` (the last
+        measurement).
     """
     choices = forms_of(model, int8_activations=int8_activations)
     groups = []
@@ -171,7 +173,7 @@ def _whole(
     if forms and forms != everything:
         placements["searched"] = forms
     placements[FLOAT] = everything
-    if not choices or model.ByteSize() > _WHOLE_BELOW:
+    if not choices or stored_bytes(model) > _WHOLE_BELOW:
         why = "the model is too large to be opened several times" if choices else "no op has a choice"
         return {"forms": dict(forms), "chosen": "searched" if forms else "default", "why": why, "placements": {}}
     progress(f"placement: the whole model, {', '.join(placements)}")

@@ -35,6 +35,7 @@ from s2d_deploy import __version__
 from s2d_deploy.errors import ModelError, S2DDeployError, UnsupportedError, message
 from s2d_deploy.fake_quant import quantize
 from s2d_deploy.grid import Grid, PerAxis, PerToken
+from s2d_deploy.large_models import infer_shapes, save_model
 from s2d_deploy.plan import Plan, Site
 from s2d_deploy.simulation import simulate
 
@@ -86,7 +87,8 @@ def export_onnx(
         dynamic: further dynamic dimensions, ``{input: {dimension: name}}``; dimension 0 is always ``batch``.
 
     Returns:
-        The model as written, checked by the ONNX checker with shape inference.
+        The model as written, checked by the ONNX checker with shape inference; its tensors, beyond 1 GB, are then in
+        the file only.
 
     Raises:
         ModelError: torch cannot export the model; the message carries torch's own reason.
@@ -110,13 +112,12 @@ def export_onnx(
     _require_dynamic_batch(proto, sample)
     _count_unplanned(proto, sample)
     proto.producer_name, proto.producer_version = "s2d-deploy", __version__
-    inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True, data_prop=True)
-    onnx.checker.check_model(inferred, full_check=False)
+    inferred = infer_shapes(proto)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if inferred.ByteSize() > 1 << 30:
-        onnx.save_model(inferred, path, save_as_external_data=True, location=f"{path.name}.data")
+    if save_model(inferred, path) is None:
+        onnx.checker.check_model(inferred, full_check=False)
     else:
-        onnx.save_model(inferred, path)
+        onnx.checker.check_model(str(path), full_check=False)  # too large for memory; by its path it may be any size
     return inferred
 
 

@@ -31,6 +31,8 @@ from onnx import numpy_helper
 
 from s2d_deploy.errors import ArtifactError, PlanError, RecipeError, RuntimeUnavailable, S2DDeployError, message
 from s2d_deploy.files import read_json, write_json
+from s2d_deploy.graph_check import sound
+from s2d_deploy.large_models import LARGE, save_model
 from s2d_deploy.qgraph import initializers, load_model, metadata, require_integer_codes
 from s2d_deploy.registry import load_checkpoint_exporter, load_runtime
 from s2d_deploy.session import Artifact, Audit, Progress
@@ -47,7 +49,7 @@ PLACEMENTS = ("default", "search")
 LEVELS = ("all", "extended", "basic", "disable")
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
 PLACEMENT_KEY = "s2d.placed"  # metadata of the model
-_EXTERNAL_BEYOND = 1 << 30  # bytes; a protobuf ends at 2 GB
+_EXTERNAL_BEYOND = LARGE
 # Inputs of a kernel that are the stored weight: codes, scales, zero points.
 _WEIGHT_INPUTS = {
     "MatMulIntegerToFloat": (1, 3, 5),
@@ -94,20 +96,16 @@ class OrtTarget:
             )
         common = _checked(model, precision)
         require_integer_codes(common, "onnxruntime")
-        _check_scales(model, common)
-        if settings["dialect"] == "qdq":
-            rewritten = to_plain_quantizers(common)
-        else:
-            rewritten = to_integer_kernels(common, (placement or {}).get("forms"))
+        with sound(str(model)):
+            _check_scales(model, common)
+            if settings["dialect"] == "qdq":
+                rewritten = to_plain_quantizers(common)
+            else:
+                rewritten = to_integer_kernels(common, (placement or {}).get("forms"))
         if placement is not None:
             rewritten.metadata_props.add(key=PLACEMENT_KEY, value=json.dumps(_summary_of(placement)))
         folder.mkdir(parents=True, exist_ok=True)
-        data = target.with_name(f"{FILE}.data")
-        data.unlink(missing_ok=True)  # onnx appends to external data that is there
-        if rewritten.ByteSize() > _EXTERNAL_BEYOND:
-            onnx.save_model(rewritten, target, save_as_external_data=True, location=data.name)
-        else:
-            onnx.save_model(rewritten, target)
+        save_model(rewritten, target, beyond=_EXTERNAL_BEYOND)
         return target
 
     def search(

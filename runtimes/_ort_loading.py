@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 
 from s2d_deploy.errors import ArtifactError, message
+from s2d_deploy.large_models import LARGE, save_model, stored_bytes
 
 from ._cpu_features import byte_dot_product
 from ._ort_providers import asked_for, check_loaded, configure, refusal
@@ -17,7 +18,7 @@ from ._ort_providers import asked_for, check_loaded, configure, refusal
 _FATAL_ONLY = (
     4  # onnxruntime's log severity: what it logs as an error it raises as well, and ours is the message to read
 )
-_IN_MEMORY_BELOW = 1 << 30  # bytes; a protobuf ends at 2 GB
+_IN_MEMORY_BELOW = LARGE
 # Workers spin within a run, not after it: several sessions live side by side here, and on two cores the idle ones
 # took every other run of a neighbour to twice its time (benchmarks/LOG.md).
 _QUIET_BETWEEN_RUNS = ("session.force_spinning_stop", "1")
@@ -107,11 +108,13 @@ def new_session(
 
 def session_of(model: onnx.ModelProto, info: Mapping[str, Any], threads: int) -> Any:
     """A session of a model in memory, however large it is."""
-    if model.ByteSize() < _IN_MEMORY_BELOW:
+    if stored_bytes(model) < _IN_MEMORY_BELOW:
         return new_session(model.SerializeToString(), info, threads)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        onnx.save_model(model, path, save_as_external_data=True, location="model.onnx.data")
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)  # what is saved beside a file is taken out of the model
+        save_model(copy, path, beyond=0)
         return new_session(path, info, threads)
 
 
@@ -119,7 +122,8 @@ def optimized_graph(model: onnx.ModelProto, info: Mapping[str, Any]) -> onnx.Mod
     """What onnxruntime's optimizer leaves of a model in memory, without its large tensors."""
     with tempfile.TemporaryDirectory() as folder:
         path, target = Path(folder) / "model.onnx", Path(folder) / "optimized.onnx"
-        large = model.ByteSize() >= _IN_MEMORY_BELOW
-        onnx.save_model(model, path, save_as_external_data=large, location="model.onnx.data" if large else None)
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        save_model(copy, path, beyond=_IN_MEMORY_BELOW)
         new_session(path, info, 1, optimized=target)
         return onnx.load(target, load_external_data=False)

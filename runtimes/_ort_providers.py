@@ -32,7 +32,7 @@ _BRINGS = {
 _OTHERS = ("Azure", "CANN", "MIGraphX", "Nnapi", "Rknpu", "VSINPU", "VitisAI", "WebGpu")
 _SHORT = {name.lower(): f"{name}{_SUFFIX}" for name in ("CPU", *_BRINGS, *_OTHERS)}
 
-Provider = str | Sequence[Any]
+Provider = Any  # a name, or a pair of name and options, as YAML and JSON give them
 
 
 def full_name(name: str) -> str:
@@ -47,9 +47,7 @@ def short_name(name: str) -> str:
 
 def normalized(providers: Sequence[Provider]) -> list[tuple[str, dict[str, Any]]]:
     """Pairs of full name and options, in order of preference, each provider once."""
-    pairs: list[tuple[str, dict[str, Any]]] = [
-        (p, {}) if isinstance(p, str) else (str(p[0]), dict(p[1:][0])) for p in providers
-    ]
+    pairs = [(p, {}) if isinstance(p, str) else (str(p[0]), dict(p[1])) for p in providers]
     found: dict[str, dict[str, Any]] = {}
     for name, options in pairs:
         found.setdefault(full_name(name), options)
