@@ -26,8 +26,7 @@ from s2d_deploy.errors import ArtifactError, RecipeError, message
 from s2d_deploy.files import atomic_write, read_json
 from s2d_deploy.gate import GateVerdict, paired_finding
 from s2d_deploy.outcomes import of_row, pack, unpack
-from s2d_deploy.paired import paired_drop
-from s2d_deploy.power import smallest_detectable
+from s2d_deploy.power import smallest_detectable_drop
 from s2d_deploy.precision import BASELINE
 from s2d_deploy.report_schema import Metric
 from s2d_deploy.report_summary import higher_is_better
@@ -156,8 +155,7 @@ def baseline_of(
         report: a checked document with per-sample outcomes.
         previous: what the file held; results that this report does not have, and limits, are kept, unless the
             samples are others.
-        tolerance: limit of the drop for every result; None: the previous limit, else the recipe's ``accuracy_drop``
-            for the precision, else the smallest drop that so many samples can show.
+        tolerance: limit of the drop for every result; None: the previous limit, else what `default_limit` gives.
         slower: how many times the latency ratio of now a later one may be, e.g. 1.1; None: latency is not compared,
             unless the previous entry was.
 
@@ -189,7 +187,7 @@ def baseline_of(
         if values is None:
             said.append(f"{key}: left out, {row['status']} without outcomes of samples")
             continue
-        entries[key] = _entry(row, values, report, old.get(key), tolerance, slower)
+        entries[key] = _entry(row, values, old.get(key), tolerance, slower)
         said.append(f"{key}: {'added' if key not in old else 'unchanged' if entries[key] == old[key] else 'replaced'}")
     if not entries:
         raise ArtifactError(
@@ -214,7 +212,6 @@ def write_baseline(path: Path, baseline: Baseline) -> None:
 def _entry(
     row: Mapping[str, Any],
     values: Sequence[float],
-    report: Mapping[str, Any],
     old: Entry | None,
     tolerance: float | None,
     slower: float | None,
@@ -225,7 +222,7 @@ def _entry(
     elif old is not None:
         limit = old.limit
     else:
-        limit = _default_limit(row["precision"], values, report)
+        limit = default_limit(values)
     ratio = 1 / row["speedup_over_float"] if row.get("speedup_over_float") else None
     latency = None
     if ratio is not None and slower is not None:
@@ -244,15 +241,17 @@ def _entry(
     )
 
 
-def _default_limit(precision: str, values: Sequence[float], report: Mapping[str, Any]) -> float:
-    asked = ((report.get("recipe") or {}).get("gates") or {}).get("accuracy_drop")
-    if isinstance(asked, Mapping):
-        asked = asked.get(precision)
-    if isinstance(asked, int | float) and not isinstance(asked, bool) and asked >= 0:
-        return float(asked)
-    # For equal outcomes nothing differs, so this is what the interval can resolve at best.
-    least = smallest_detectable(paired_drop(values, values))
-    return _short(least) if least else 0.0
+def default_limit(values: Sequence[float]) -> float:
+    """The limit of an entry that nobody gave one.
+
+    Right/wrong samples: the smallest drop that so many of them find in 80 % of runs when one in fifty changes, so that
+    a model as good as the baseline passes. Grades: half a percent of their mean.
+    """
+    unit = max(values)
+    if "right" in pack(values):
+        least = smallest_detectable_drop(len(values), 0.02)
+        return _short(unit * (least if least is not None else 1.0))
+    return _short(0.005 * abs(sum(values) / len(values)))
 
 
 def _short(value: float) -> float:

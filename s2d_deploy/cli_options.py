@@ -79,7 +79,7 @@ def gate_options(command: F) -> F:
         click.option(
             "--tolerance",
             type=float,
-            help="With --write: largest drop from the baseline [default: the file's, else gates.accuracy_drop].",
+            help="With --write: largest drop from the baseline [default: the file's, else what the samples can show].",
         ),
         click.option(
             "--slower",

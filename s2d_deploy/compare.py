@@ -16,6 +16,7 @@ from s2d_deploy.report_schema import Metric
 from s2d_deploy.report_summary import higher_is_better
 
 METRIC = "metric"
+SAME = "every sample as before"
 _FIGURES = {
     METRIC: ("metric", "measured"),
     "simulated": ("metric", "simulated"),
@@ -75,6 +76,9 @@ def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if "why_not" in paired:
             said.append(f"{where}: not compared sample by sample: {paired['why_not']}")
             continue
+        if paired["finding"] == SAME:
+            said.append(f"{where}: {SAME} (n = {paired['n']})")
+            continue
         lo, hi = paired["interval"]
         text = f"{where}: {paired['finding']}; drop {paired['drop']:.4g}, 95 % interval [{lo:.4g}, {hi:.4g}]"
         if paired["lost"] is not None:
@@ -115,7 +119,7 @@ def _paired(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None, refusal: s
 
 def _finding(drop: PairedDrop, first: list[float], second: list[float]) -> str:
     if first == second:
-        return "every sample as before"
+        return SAME
     if decide(drop, 0.0) == "fail":
         return "worse"
     return "better" if decide(paired_drop(second, first), 0.0) == "fail" else "no difference shown"
