@@ -72,25 +72,19 @@ class ForcedOps:
             return fused[0].astype(np.int64).astype(np.int32)
         return result
 
-    def layer(self, op: str) -> onnx.ModelProto:
-        """The op's kernel with its own scales and bias: the bytes of its sites in, its float result out.
+    def layer(self, op: str, value: str) -> tuple[onnx.ModelProto, dict[str, tuple[str, int]]]:
+        """From the bytes of the op's sites to the float `value` behind it; see `s2d_deploy.probing.LayerCut`.
 
         Raises:
-            UnsupportedError: no such op, or it does not read codes.
+            UnsupportedError: no such value, or it needs more than codes.
         """
-        kernel = self._ops.get(op)
-        if kernel is None:
-            raise UnsupportedError(message(f"no op {op!r} in this artifact"))
-        sites = {
-            node.output[0]: helper.make_tensor_value_info(node.output[0], _container(node), None)
-            for node in self._model.graph.node
-            if SHIFT in metadata(node)
-        }
-        result, tail = kernel.output[0], [n for n in self._model.graph.node if metadata(n).get(PART) == op]
-        while (node := next((n for n in tail if n.input[0] == result), None)) is not None:
-            result = node.output[0]
-        behind = ancestors(self._producers, result, set(sites))
-        return until(self._model, result, [sites[name] for name in behind])
+        if value not in self._producers:
+            raise UnsupportedError(message(f"op {op!r}: this artifact has no value {value!r}"))
+        sites = {node.output[0]: node for node in self._model.graph.node if SHIFT in metadata(node)}
+        behind = ancestors(self._producers, value, set(sites))
+        inputs = [helper.make_tensor_value_info(name, _container(sites[name]), None) for name in behind]
+        meaning = {n: (metadata(sites[n])["s2d.site"].split(",")[0], int(metadata(sites[n])[SHIFT])) for n in behind}
+        return until(self._model, value, inputs), meaning
 
     def _kernel(self, op: str) -> onnx.NodeProto:
         node: onnx.NodeProto | None = self._ops.get(op)

@@ -261,14 +261,15 @@ class _Quantizers:
                 layer = self.model.get_submodule(op.name)
                 if right_site not in self.weights:
                     self.weights[right_site] = self.through(right_site, right)
-                other = _product(layer, x, self.weights[right_site])
+                other = product(layer, x, self.weights[right_site])
             real = _real(batch, result, op.kind)
             found[op.name].isolated.add(result[real], other[real])
 
         return compare
 
 
-def _product(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+def product(layer: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What a Linear or Conv2d makes of `x` with another weight."""
     if isinstance(layer, nn.Conv2d):
         return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     return F.linear(x, weight, layer.bias)  # type: ignore[arg-type]

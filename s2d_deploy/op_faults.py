@@ -52,12 +52,15 @@ class Target:
         u: the simulation's values.
         v: the runtime's.
         inside: where nothing was clamped.
+        low, high: where the runtime's code is the smallest or the largest one.
         wrong: where they differ, no boundary excusing it, at a looser tolerance too.
     """
 
     u: Tensor
     v: Tensor
     inside: Tensor
+    low: Tensor
+    high: Tensor
     wrong: Callable[[float], Tensor]
 
 
@@ -114,6 +117,8 @@ class Segment:
             view.u,
             view.theirs - view.zero,
             view.inside,
+            view.theirs <= view.quantizer.grid.qmin,
+            view.theirs >= view.quantizer.grid.qmax,
             lambda extra: wrong_codes(view, self.tolerance + extra),
         )
 
@@ -122,7 +127,8 @@ def output_target(result: Tensor, shown: Tensor, tolerance: float) -> Target:
     """The model's output as a target."""
     unit = max(float(shown.std()), 1e-12) / 127.0
     u, v = result / unit, shown.to(result.dtype) / unit
-    return Target(u, v, torch.ones_like(u, dtype=torch.bool), lambda extra: (u - v).abs() > tolerance + extra)
+    inside = torch.ones_like(u, dtype=torch.bool)
+    return Target(u, v, inside, ~inside, ~inside, lambda extra: (u - v).abs() > tolerance + extra)
 
 
 def classify_op(segment: Segment, op: str, *, refused: bool) -> OpFault | None:
@@ -151,11 +157,12 @@ def _hypotheses(segment: Segment, op: str, refused: bool) -> Iterator[OpFault]:
     if stored and refused:
         weight = forced.float_weights[op]
         yield OpFault("fallback", op, "runs in float, with the weights before quantization", multiply_by(forced, op, weight))
-    factor = _factor(segment, op)
+    factor = _factor(segment, op, None)
     if factor is not None:
         yield OpFault("wrong-scale", op, f"its result is {factor:.6g} times the plan's", _times(factor))
     if stored:
         yield from _axes(forced, op)
+        yield from _orders(forced, op)
     if plan.ops[op].kind in ("linear", "conv"):
         channel = -1 if plan.ops[op].kind == "linear" else 1
         yield from _channels(segment, op, channel)
@@ -166,36 +173,64 @@ def _times(factor: float | Tensor) -> Product:
     return lambda _left, _right, product: product * factor
 
 
-def _factor(segment: Segment, op: str) -> float | None:
-    """A common factor by Gauss-Newton, then enclosed by the codes around it."""
-    factor = 1.0
-    for _ in range(8):
-        target, slope = _with_slope(segment, op, factor)
-        error = (target.v - target.u)[target.inside]
-        slope = slope[target.inside]
-        norm = float((slope * slope).sum())
+def _factor(segment: Segment, op: str, only: Tensor | None, start: float = 1.0) -> float | None:
+    """A common factor, of the channels where `only` is 1; None where it is 1."""
+    mask: float | Tensor = 1.0 if only is None else only
+    found = _parameter(segment, op, lambda f: _times(1.0 + (f - 1.0) * mask), start, 1e-5)
+    return found if found is not None and abs(found - 1.0) > 1e-5 else None
+
+
+def _parameter(
+    segment: Segment, op: str, make: Callable[[float], Product], start: float, small: float
+) -> float | None:
+    """The number that the codes agree on: least squares to come near, then the value that most codes allow."""
+    value = start
+    for step in range(8):
+        target, slope = _with_slope(segment, op, make, value, small)
+        error, inner = (target.v - target.u)[target.inside], slope[target.inside]
+        norm = float((inner * inner).sum())
         if norm == 0.0:
             return None
-        step = float((slope * error).sum()) / norm
-        factor = min(max(factor + max(min(step, 1.0), -0.6 * factor), 0.02), 50.0)
-        if abs(step) < 1e-7:
+        change = float((inner * error).sum()) / norm
+        value += max(min(change, abs(start)), -0.6 * value)
+        if abs(change) < 1e-7 * abs(start) or (step >= 3 and segment.site != OUTPUT):
             break
-    if segment.site != OUTPUT:
-        target, slope = _with_slope(segment, op, factor)
-        known = target.inside & (slope.abs() > 0.5)
-        error, slope = (target.v - target.u)[known], slope[known]
-        if int(known.sum()) >= 8:
-            ends = torch.stack([(error - 0.5) / slope, (error + 0.5) / slope])
-            # A little float dust may leave the interval empty: its middle is as good.
-            low, high = (float(e) for e in (ends.amin(0).max(), ends.amax(0).min()))
-            factor += (low + high) / 2 if abs(low + high) < 0.02 else 0.0
-    return factor if abs(factor - 1.0) > 1e-5 else None
+    if segment.site == OUTPUT:
+        return value
+    for _ in range(5):
+        target, slope = _with_slope(segment, op, make, value, small)
+        change = _most_allow(target, slope, segment.tolerance)
+        value += max(min(change, abs(start)), -0.6 * value)
+        if abs(change) < 1e-7 * abs(start):
+            break
+    return value
 
 
-def _with_slope(segment: Segment, op: str, factor: float) -> tuple[Target, Tensor]:
-    small = 1e-5
-    target = segment.target({op: _times(factor)})
-    return target, (segment.target({op: _times(factor + small)}).u - target.u) / small
+def _with_slope(
+    segment: Segment, op: str, make: Callable[[float], Product], value: float, small: float
+) -> tuple[Target, Tensor]:
+    target = segment.target({op: make(value)})
+    return target, (segment.target({op: make(value + small)}).u - target.u) / small
+
+
+def _most_allow(target: Target, slope: Tensor, tolerance: float) -> float:
+    """The change of the parameter that the largest number of codes allows: each allows an interval."""
+    known = slope.abs() > 1e-3 * slope.abs().max()
+    u, v, m = target.u[known], target.v[known], slope[known]
+    if m.numel() < 2 or not bool(m.abs().max() > 0):
+        return 0.0
+    endless = torch.full_like(u, torch.inf)
+    below = torch.where(target.low[known], -endless, v - 0.5 - tolerance) - u
+    above = torch.where(target.high[known], endless, v + 0.5 + tolerance) - u
+    a, b = torch.where(m > 0, below, above) / m, torch.where(m > 0, above, below) / m
+    places = torch.cat([a, b])
+    order = torch.argsort(places)
+    steps = torch.cat([torch.ones_like(a), -torch.ones_like(b)])[order].cumsum(0)
+    at = int(steps[:-1].argmax())
+    low, high = float(places[order[at]]), float(places[order[at + 1]])
+    if low == -torch.inf or high == torch.inf:
+        return 0.0 if low <= 0 <= high else (low if low > 0 else high)
+    return (low + high) / 2
 
 
 def _axes(forced: Forced, op: str) -> Iterator[OpFault]:
@@ -213,6 +248,17 @@ def _axes(forced: Forced, op: str) -> Iterator[OpFault]:
             swapped = (weight / scale.reshape(-1, 1)).T * scale.reshape(-1, 1)
             yield OpFault("swapped-axis", op, "the weight's codes are transposed", multiply_by(forced, op, swapped))
         yield OpFault("swapped-axis", op, "the weight is transposed", multiply_by(forced, op, weight.T))
+
+
+def _orders(forced: Forced, op: str) -> Iterator[OpFault]:
+    """The scales of the output channels reversed."""
+    site = forced.plan.sites.get(f"{op}.weight")
+    if site is None or site.scale.dim() != 1 or site.scale.numel() < 2:
+        return
+    scale = site.scale.double()
+    shape = [1, -1, 1, 1] if forced.plan.ops[op].kind == "conv" else [-1]
+    text = "the scales of the output channels stand in reverse order"
+    yield OpFault("swapped-axis", op, text, _times((scale.flip(0) / scale).reshape(shape)))
 
 
 def _channels(segment: Segment, op: str, channel: int) -> Iterator[OpFault]:
@@ -236,11 +282,15 @@ def _channels(segment: Segment, op: str, channel: int) -> Iterator[OpFault]:
             continue
         site = plan.sites.get(f"{op}.weight")
         scale = site.scale.flatten().double() if site is not None else torch.ones(count)
+        for i in (values - 1.0).abs().argsort(descending=True)[:2].tolist():
+            only = torch.zeros_like(values)
+            only[i] = 1.0
+            exact = _factor(segment, op, only.reshape(shape), float(values[i]))
+            if exact is not None:
+                text = f"output channel {i} is {exact:.5g} times the plan's"
+                yield OpFault("wrong-scale", op, text, _times(1.0 + (exact - 1.0) * only.reshape(shape)))
         cause, text = "wrong-scale", f"{k} of {count} output channels are scaled by other factors"
-        if k == 1:
-            i = int(moved.nonzero()[0])
-            text = f"output channel {i} is {float(values[i]):.4g} times the plan's"
-        elif scale.numel() == count:
+        if scale.numel() == count:
             theirs = (scale * values).sort().values
             if bool(((theirs - scale.sort().values).abs() < 0.02 * scale.sort().values).all()):
                 cause, text = "swapped-axis", "the scales of the output channels stand in another order"
@@ -292,16 +342,10 @@ def _saturation(segment: Segment, op: str) -> Iterator[OpFault]:
         return float((target.u - target.v)[target.inside].square().mean())
 
     limits = [largest[0] * share for share in (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)]
-    errors = [distance(limit) for limit in limits]
-    best = min(range(len(limits)), key=errors.__getitem__)
-    low = limits[min(best + 1, len(limits) - 1)]
-    high = limits[best - 1] if best else largest[0]
-    ratio = 0.6180339887
-    for _ in range(24):  # golden section: the distance falls towards the limit from both sides
-        a, b = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, b) if distance(a) < distance(b) else (a, high)
-    limit = (low + high) / 2
-    yield OpFault("saturation", op, f"accumulators saturate near +-{limit:,.0f}", clipped(limit), fitted=True)
+    start = min(limits, key=distance)
+    limit = _parameter(segment, op, clipped, start, 1e-6 * start)
+    if limit is not None and 0 < limit < largest[0]:
+        yield OpFault("saturation", op, f"accumulators saturate near +-{limit:,.0f}", clipped(limit), fitted=True)
 
 
 def accumulator_unit(forced: Forced, op: str) -> Tensor | None:

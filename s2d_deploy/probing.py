@@ -6,14 +6,16 @@ None of it is required: where a runtime offers less, codes and accumulators have
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from s2d_deploy.plan import Site
-from s2d_deploy.qgraph import load_model, metadata
+from s2d_deploy.qgraph import contractions, initializers, load_model, metadata
 from s2d_deploy.session import Array
 
 _MOVES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity")
@@ -48,13 +50,28 @@ class QuantizerProbe(Protocol):
 
 @runtime_checkable
 class LayerCut(Protocol):
-    """A session that can give one op of its artifact as an ONNX model: codes in, the op's own float result out."""
+    """A session that can give parts of its artifact as ONNX models of their own."""
 
-    def layer(self, op: str) -> onnx.ModelProto:
-        """The model; its inputs are the codes as the artifact stores them.
+    def layer(self, op: str, value: str) -> tuple[onnx.ModelProto, dict[str, tuple[str, int]]]:
+        """The way from codes to a float value behind `op`.
+
+        Args:
+            op: for messages.
+            value: as the common ONNX file names it (`op_values`).
+
+        Returns:
+            the model, and for each of its inputs the site whose codes it takes and what is added to them.
 
         Raises:
-            UnsupportedError: no such op.
+            UnsupportedError: there is no such value, or it needs more than codes.
+        """
+        ...
+
+    def quantizer(self, site: str, sources: Sequence[str]) -> tuple[onnx.ModelProto, int]:
+        """A quantizer (see `QuantizerProbe`), and what is added to its codes.
+
+        Raises:
+            UnsupportedError: it cannot be cut out.
         """
         ...
 
@@ -86,6 +103,45 @@ def quantizer_sources(common: Path) -> dict[str, tuple[str, ...]]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class OpValue:
+    """The float value behind an op, up to its bias or a constant factor: what every runtime has under that name.
+
+    Attributes:
+        name: in the common ONNX file.
+        bias: whether the bias is in it.
+        factor: that it was multiplied with.
+    """
+
+    name: str
+    bias: bool
+    factor: float
+
+
+def op_values(common: Path) -> dict[str, OpValue]:
+    """The value behind every contraction of the common ONNX file."""
+    model = load_model(common)
+    stored = initializers(model)
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    found: dict[str, OpValue] = {}
+    for op in contractions(model):
+        value = op.node.output[0]
+        users = readers.get(value, [])
+        other = next((n for n in users[0].input if n != value), "") if len(users) == 1 else ""
+        if op.node.op_type == "Conv":
+            found[op.name] = OpValue(value, len(op.node.input) > 2, 1.0)
+        elif other in stored and users[0].op_type == "Add" and len(stored[other].dims) == 1:
+            found[op.name] = OpValue(users[0].output[0], True, 1.0)
+        elif other in stored and users[0].op_type == "Mul" and not stored[other].dims:
+            found[op.name] = OpValue(users[0].output[0], False, float(numpy_helper.to_array(stored[other])))
+        else:
+            found[op.name] = OpValue(value, False, 1.0)
+    return found
+
+
 def probe_values(site: Site) -> Array:
     """Float32 values that tell quantizers apart: exact ties of every pair of neighbouring codes, and the middles.
 
@@ -100,6 +156,6 @@ def probe_values(site: Site) -> Array:
         x = np.where(x / scale == ties, x, candidate)
     exact = x[x / scale == ties]
     rng = np.random.default_rng(0)
-    spread = rng.uniform(codes[0], codes[-1], 512).astype(np.float32) * scale
+    spread = rng.uniform(codes[0], codes[-1], 4096).astype(np.float32) * scale
     values: Array = np.concatenate([exact, (codes.astype(np.float32) + np.float32(0.2)) * scale, spread])
     return values

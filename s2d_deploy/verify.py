@@ -6,7 +6,7 @@ integer product bit for bit. End to end: the same float inputs; codes that diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,29 +45,57 @@ def expected_accumulators(simulated: nn.Module, plan: Plan, codes: Mapping[str, 
         int32 arrays by op name, in the op's own output shape.
     """
     weights = {name: c.numpy() for name, c in weight_codes(simulated).items()}
-    result = {}
+    return {op.name: expected_accumulator(simulated, plan, op, codes, weights) for op in integer_ops(plan)}
+
+
+def expected_accumulator(
+    simulated: nn.Module, plan: Plan, op: Op, codes: Mapping[str, Tensor], weights: Mapping[str, Array]
+) -> Array:
+    """Exact accumulators of one integer op; `weights` are `simulation.weight_codes` as arrays."""
+    (left, _), (right, _) = op.sites
+    lhs = codes[left].numpy()
+    zero = _zero_point(plan, left)
+    if op.kind == "conv":
+        conv = simulated.get_submodule(op.name)
+        if not isinstance(conv, QuantConv2d):
+            raise TypeError(f"{op.name} is a {type(conv).__name__}")
+        return integer_conv2d(
+            lhs,
+            weights[right],
+            zero,
+            stride=_pair(conv.stride),
+            padding=_pair(conv.padding) * 2,  # top, left, bottom, right
+            dilation=_pair(conv.dilation),
+            groups=conv.groups,
+        )
+    if op.kind == "linear":
+        return integer_matmul(lhs, weights[right].T, zero, 0)
+    return integer_matmul(lhs, codes[right].numpy(), zero, _zero_point(plan, right))
+
+
+def forced_accumulators(
+    session: Session,
+    simulated: nn.Module,
+    plan: Plan,
+    codes: Mapping[str, Tensor],
+    on_op: Callable[[str], None] | None = None,
+) -> Iterator[tuple[Op, Array, Array | None]]:
+    """Every integer op with its exact accumulators and the runtime's; None where the runtime has no integers there.
+
+    One op at a time, so that the arrays of a large model need not lie in memory together.
+    """
+    weights = {name: c.numpy() for name, c in weight_codes(simulated).items()}
     for op in integer_ops(plan):
-        (left, _), (right, _) = op.sites
-        lhs = codes[left].numpy()
-        zero = _zero_point(plan, left)
-        if op.kind == "conv":
-            conv = simulated.get_submodule(op.name)
-            if not isinstance(conv, QuantConv2d):
-                raise TypeError(f"{op.name} is a {type(conv).__name__}")
-            result[op.name] = integer_conv2d(
-                lhs,
-                weights[right],
-                zero,
-                stride=_pair(conv.stride),
-                padding=_pair(conv.padding) * 2,  # top, left, bottom, right
-                dilation=_pair(conv.dilation),
-                groups=conv.groups,
-            )
-        elif op.kind == "linear":
-            result[op.name] = integer_matmul(lhs, weights[right].T, zero, 0)
-        else:
-            result[op.name] = integer_matmul(lhs, codes[right].numpy(), zero, _zero_point(plan, right))
-    return result
+        (left, _), (right, role) = op.sites
+        if on_op is not None:
+            on_op(op.name)
+        rhs = None if role == "weight" else _codes(plan, right, codes)
+        try:
+            actual = session.accumulate(op.name, _codes(plan, left, codes), rhs)
+        except UnsupportedError:
+            yield op, np.zeros(0, np.int32), None
+            continue
+        yield op, expected_accumulator(simulated, plan, op, codes, weights), actual
 
 
 def teacher_forced(
@@ -80,25 +108,22 @@ def teacher_forced(
     """
     with recorded_codes(simulated) as codes:
         simulated(**batch)
-    expected = expected_accumulators(simulated, plan, codes)
-    actual, refused = {}, []
-    for op in integer_ops(plan):
-        (left, _), (right, role) = op.sites
-        if on_op is not None:
-            on_op(op.name)
-        rhs = None if role == "weight" else _codes(plan, right, codes)
-        try:
-            actual[op.name] = session.accumulate(op.name, _codes(plan, left, codes), rhs)
-        except UnsupportedError:
+    checked = different = ops = 0
+    refused, first = [], None
+    for op, expected, actual in forced_accumulators(session, simulated, plan, codes, on_op):
+        if actual is None:
             refused.append(op.name)
-    comparison = compare_accumulators(expected, actual)
-    first = comparison.first_difference()
+            continue
+        row = compare_accumulators({op.name: expected}, {op.name: actual}).sites[0]
+        checked, different, ops = checked + row.checked, different + row.different, ops + 1
+        if row.different and first is None:
+            first = op.name
     return {
-        "accumulators_checked": comparison.checked,
-        "accumulators_different": comparison.different,
-        "ops_checked": len(actual),
+        "accumulators_checked": checked,
+        "accumulators_different": different,
+        "ops_checked": ops,
         "ops_not_integer": refused,
-        "first_difference": first.name if first else None,
+        "first_difference": first,
     }
 
 
