@@ -1,6 +1,6 @@
 """junit.xml against the rules of its strictest common consumer.
 
-Jenkins validates with junit-10.xsd; GitLab, Azure and the GitHub actions read a subset of the same names. The table says
+Jenkins validates with junit-10.xsd; GitLab, Azure and the GitHub actions read a subset of its names. The table says
 what that schema allows, in our words: an attribute or child that is not in it makes Jenkins refuse the whole file.
 """
 
