@@ -77,7 +77,7 @@ def require_gpu(artifact: Artifact, about: dict[str, Any]) -> None:
             message(
                 f"{artifact.folder}: built for CUDA, and there is no GPU to run it",
                 expected=expected,
-                found=str(error).split(". Fix")[0],
+                found=str(error).split(". ")[0],
                 fix="run it on a machine with such a GPU and its driver",
             )
         ) from error

@@ -118,7 +118,7 @@ static void launch(Index grid, Index size, const std::function<void()>& f) {
 }
 
 // A warp's operands, twice, so that one barrier is enough.
-struct Held { int a[4], b[2]; float x; };
+struct Held { int a[4], b[2]; char x[8]; };
 static Held held[2][1024];
 template <class F> static Held* exchanged(F write) {
   int parity = fibers[current].warps % 2;
@@ -126,8 +126,23 @@ template <class F> static Held* exchanged(F write) {
   warp_barrier();
   return held[parity] + current / 32 * 32;
 }
-static float __shfl_xor_sync(unsigned, float x, int mask) {
-  return exchanged([&](Held& h) { h.x = x; })[current % 32 ^ mask].x;
+// What lane `from` holds; the own value where there is no such lane.
+template <class T> static T of_lane(T x, int from, bool valid = true) {
+  Held* warp = exchanged([&](Held& h) { memcpy(h.x, &x, sizeof x); });
+  if (!valid || current / 32 * 32 + from >= (int)fibers.size()) return x;
+  memcpy(&x, warp[from].x, sizeof x);
+  return x;
+}
+static unsigned __activemask() { return ~0u; }
+template <class T> static T __shfl_xor_sync(unsigned, T x, int mask, int = 32) {
+  return of_lane(x, current % 32 ^ mask);
+}
+template <class T> static T __shfl_sync(unsigned, T x, int from, int width = 32) {
+  return of_lane(x, current % 32 / width * width + from % width);
+}
+template <class T> static T __shfl_down_sync(unsigned, T x, int by, int width = 32) {
+  int lane = current % 32;
+  return of_lane(x, lane + by, lane % width + by < width);
 }
 // Element i of a register that holds codes of some type.
 static int code(int word, int i, const char* type) {
@@ -238,7 +253,16 @@ class Emulator:
         self.launches = {name: _launches(lowered[name].script(), named[name]) for name in named}
         path, library = folder / "kernels.cc", folder / "kernels.so"
         path.write_text(emulated(source))
-        options = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-fwrapv", "-ffp-contract=off", "-w", "-shared", "-fPIC"]
+        options = [
+            "-std=c++17",
+            "-O0",
+            "-fno-strict-aliasing",
+            "-fwrapv",
+            "-ffp-contract=off",
+            "-w",
+            "-shared",
+            "-fPIC",
+        ]
         command = [str(shutil.which("g++")), *options, str(path), "-o", str(library)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:4000]
@@ -262,7 +286,9 @@ def _launches(host: str, function: Any) -> list[Launch]:
 
     def place(buffer: str) -> int:
         while buffer not in names:
-            found = re.search(rf"^\s*{buffer} = (?:(\w+)\.view\(|T\.decl_buffer\(.*data=(\w+)\.data)", host, re.MULTILINE)
+            found = re.search(
+                rf"^\s*{buffer} = (?:(\w+)\.view\(|T\.decl_buffer\(.*data=(\w+)\.data)", host, re.MULTILINE
+            )
             assert found is not None, buffer
             buffer = found.group(1) or found.group(2)
         return names.index(buffer)
@@ -310,9 +336,7 @@ class EmulatedGraph:
         monkeypatch.setattr(_tvm_build, "require_cuda_compiler", lambda _: "none")
         built = _tvm_build.compile_model(model, batches, sizes, device, lambda _: None)
         self.about, self._parameters = built.description, built.parameters
-        functions = {
-            g.name_hint: f for g, f in caught["module"].functions_items() if isinstance(f, tvm.tirx.PrimFunc)
-        }
+        functions = {g.name_hint: f for g, f in caught["module"].functions_items() if isinstance(f, tvm.tirx.PrimFunc)}
         self.emulator = Emulator(parse_device(device), folder, functions)
         caught["executable"].mod.write_to_file(str(folder / "program.vm"), "bin")
         program = tvm.get_global_func("ffi.Module.load_from_file.relax.VMExecutable")(str(folder / "program.vm"))
@@ -326,7 +350,9 @@ class EmulatedGraph:
 
         return run
 
-    def __call__(self, entry: str, inputs: Sequence[np.ndarray], parameters: Sequence[str] | None = None) -> list[np.ndarray]:
+    def __call__(
+        self, entry: str, inputs: Sequence[np.ndarray], parameters: Sequence[str] | None = None
+    ) -> list[np.ndarray]:
         """What `entry` returns."""
         names = self.about["functions"][entry]["parameters"] if parameters is None else parameters
         given = tuple(tvm.runtime.tensor(np.ascontiguousarray(self._parameters[n])) for n in names)

@@ -308,7 +308,7 @@ def build_options(tmp_path: Path, options: dict[str, Any], model: onnx.ModelProt
         ({"batch": 0}, "at least 1. Found: 0"),
         ({"batch": []}, "at least 1. Found: none"),
         ({"shapes": {"sequence": "x"}}, "at least 1. Found: 'x'"),
-        ({"device": "cuda"}, "unknown device 'cuda' for TVM"),
+        ({"device": "opencl"}, "unknown device 'opencl' for TVM"),
         ({"device": "llvm -mpcu=x"}, "unknown device 'llvm -mpcu=x' for TVM"),
     ],
 )
