@@ -28,6 +28,7 @@ from typing import Any, Literal
 from s2d_deploy.errors import EXIT_GATE_FAILED, EXIT_PASS, ArtifactError, RecipeError, message
 from s2d_deploy.paired import paired_drop
 from s2d_deploy.power import decide, needed, smallest_detectable
+from s2d_deploy.precision import FP4
 
 Verdict = Literal["pass", "fail", "undecided"]
 FLOAT = "fp32"
@@ -305,6 +306,8 @@ def _applies(name: str, precision: str) -> bool:
     if precision == FLOAT:
         return name in ("accuracy_drop", "simulation_gap", "top1_flip_share")
     if name in ("accumulators_different", "code_flip_share", "executed"):
+        if precision in FP4 and name != "executed":  # no integer sums, and no integer codes
+            return False
         return re.fullmatch(r"w\d+a(16|32)", precision) is None
     return True
 

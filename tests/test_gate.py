@@ -121,6 +121,8 @@ def test_float_activations_and_the_baseline_have_no_integer_gates():
     assert [r.name for r in weight_only] == ["latency_ratio", "size_ratio"]
     baseline = evaluate([result(precision="fp32"), result(precision="w4a16")], limits)
     assert [r.precision for r in baseline] == ["w4a16", "w4a16"]
+    fp4 = {r.name for r in evaluate([result(precision="nvfp4")], limits)}
+    assert fp4.isdisjoint({"accumulators_different", "code_flip_share"})
 
 
 # --- statistics --------------------------------------------------------------------------------------
