@@ -19,10 +19,11 @@ from ._trt_refusals import SHOWN, build_refusal, parse_refusal, reason_of
 
 
 def compile_engine(model: onnx.ModelProto, path: Path, engine: Path, options: Options) -> dict[str, Any]:
-    """Compile the dialect file `path` (already read as `model`) into the file `engine`.
+    """Compile the dialect file `path` (already read as `model`) into the file `engine`, or a packed one.
 
     Returns:
-        The builder's answer: package, version, seconds, engine_bytes, layers (text), inputs, outputs.
+        The builder's answer: package, version, seconds, engine (the file's name: ``.xz`` where it was packed),
+            engine_bytes, layers (text), inputs, outputs.
 
     Raises:
         RecipeError: a compute capability that this TensorRT does not know, or a dynamic dimension without a range.

@@ -37,7 +37,7 @@ class Options:
         plugins: shared libraries with TensorRT plugins that the graph needs; loaded here and where the engine runs.
         timing_cache: a file that keeps what TensorRT measured while it chose kernels, for the next build; TensorRT-RTX
             chooses on the device, and has none.
-        compress: store the engine as ``.xz``.
+        compress: store the engine as ``.xz`` where that saves a quarter.
         timeout_s: give up after this many seconds.
     """
 

@@ -5,8 +5,8 @@ are emulated, 4-bit codes multiplied as INT8, because TensorRT has no 4-bit inte
 NVFP4 is native on Blackwell (FP4 by FP4). 4-bit weights lie packed in the engine, two in a byte.
 
 One engine serves all listed compute capabilities: TensorRT-RTX stores kernels as portable programs and compiles them on
-the device, so six capabilities take no more room than one. The file is stored as ``.xz``, because those programs repeat
-themselves (a ViT-Tiny's 19 MB become 2.4 MB); reading it is ``lzma.decompress``.
+the device, so six capabilities take no more room than one. The file is stored as ``.xz`` where that saves a quarter,
+because those programs repeat themselves (a ViT-Tiny's 19 MB become 2.4 MB); reading it is ``lzma.decompress``.
 
 What was built is audited from the layer list that the builder prints: fusions and operand types are seen, nothing is
 executed. Run as a script: ``python -m s2d_deploy.export.to_tensorrt CHECKPOINT|COMMON.onnx FOLDER``.
@@ -120,9 +120,9 @@ class TensorRTTarget:
             widen_weights(model)
         dialect = folder / DIALECT
         save(model, dialect)
-        engine = folder / ("model.engine.xz" if chosen.compress else "model.engine")
         progress(f"tensorrt: building for compute capability {', '.join(chosen.compute_capabilities)}")
-        answer = compile_engine(model, dialect, engine, chosen)
+        answer = compile_engine(model, dialect, folder / "model.engine", chosen)
+        engine = folder / answer["engine"]
         description = _describe(model, answer, chosen, precision, compute, notes)
         write_json(folder / DESCRIPTION, description)
         progress(f"tensorrt: built in {answer['seconds']:.1f} s, {engine.stat().st_size} bytes")
@@ -210,7 +210,7 @@ def _describe(
         "shapes": options.shapes(model),
         "inputs": answer["inputs"],
         "outputs": answer["outputs"],
-        "compressed": "xz" if options.compress else None,
+        "compressed": "xz" if answer["engine"].endswith(".xz") else None,
         "engine_bytes": answer["engine_bytes"],
         "weight_size_bytes": codes + scales if scales else None,
         "tf32": options.tf32,
@@ -245,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Build a TensorRT engine from a quantized checkpoint (<run>/quantize/<precision>, written by\n"
         "s2d-deploy quantize) or from a common ONNX file (written by s2d_deploy.export.to_onnx). No GPU is needed\n"
         "to build; running the engine needs one. Writes into OUT_FOLDER:\n"
-        "  model.engine.xz  the engine, for all listed GPUs (Ampere 8.0, 8.6; Ada 8.9; Blackwell 12.0, 12.1)\n"
+        "  model.engine.xz  the engine, for all listed GPUs (Ampere 8.0, 8.6; Ada 8.9; Blackwell 12.0, 12.1);\n"
+        "                   model.engine where packing would not save a quarter\n"
         "  engine.json      versions, capabilities, shapes; each layer's types and what was fused into it\n"
         "  model.onnx       what TensorRT's parser read: explicit Q/DQ, signed INT8 with zero points 0, or FP4\n"
         "  manifest.json    files with SHA-256, inputs, outputs, options, versions, what it was made from\n"
