@@ -1,7 +1,7 @@
 """Placement search: every form means what the plan says, the rule decides as documented, what was measured ships.
 
-Decisions are tested on scripted latencies; what runs, runs on ONNX Runtime. No test depends on how fast this machine is:
-a margin of 0.999 asks for a thousandfold speedup, which nothing has.
+Decisions are tested on scripted latencies; what runs, runs on ONNX Runtime. No test depends on how fast this machine
+is: a margin of 0.999 asks for a thousandfold speedup, which nothing has.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def test_a_patch_embedding_as_a_convolution_is_the_same(tmp_path):
 
 
 def test_the_float_form_rounds_no_activation(tmp_path):
-    model, codes, scale, zeros, bias, step = linear("w8a8", "INT8", "INT8")
+    model, codes, scale, zeros, bias, _ = linear("w8a8", "INT8", "INT8")
     x = np.random.default_rng(0).normal(size=(2, 5, 24)).astype(np.float32)
     with opened(model, tmp_path, "w8a8", {"fc": "float"}) as session:
         expected = x.astype(np.float64) @ ((codes - zeros) * scale.astype(np.float64)) + bias
