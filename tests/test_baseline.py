@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2d_deploy.baseline import baseline_of, compare, default_limit, read_baseline, write_baseline
+from s2d_deploy.cli import main
 from s2d_deploy.compare import compare_reports, findings
 from s2d_deploy.errors import ArtifactError, RecipeError
 from s2d_deploy.gate import GateVerdict
@@ -305,6 +306,30 @@ def test_a_report_is_judged_again_by_other_limits(tmp_path: Path):
     written = write_files(strict, junit=tmp_path / "j.xml", summary=tmp_path / "s.md")
     assert [p.name for p in written] == ["j.xml", "s.md"]
     assert "undecided" in (tmp_path / "s.md").read_text()
+
+
+def test_the_command_judges_finished_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run, baseline = tmp_path / "run", tmp_path / "baseline.json"
+    run.mkdir()
+    (run / "report.json").write_text(json.dumps(sample(lost=2)))
+    assert main(["gate", str(run), "--junit", str(tmp_path / "j.xml"), "--summary", str(tmp_path / "s.md")]) == 0
+    assert "verdict: pass" in capsys.readouterr().out
+    assert main(["gate", str(run), "--set", "gates.accuracy_drop=0.1"]) == 1
+    assert main(["gate", str(run), "--baseline", str(baseline)]) == 2
+    assert "add --write to this command" in capsys.readouterr().err
+    assert main(["gate", str(run), "--baseline", str(baseline), "--write", "--tolerance", "2"]) == 0
+    told = capsys.readouterr()
+    assert "largest drops that later runs may show: ort/w4a4 2, ort/w8a8 2" in told.err
+    assert main(["gate", str(run), "--baseline", str(baseline), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [g["verdict"] for g in document["gates"] if g["name"] == "baseline_accuracy"] == ["pass", "pass"]
+    (run / "report.json").write_text(json.dumps(sample(lost=40)))
+    assert main(["gate", str(run), "--baseline", str(baseline)]) == 1
+    assert "baseline_accuracy ort w4a4: top-1 % 89.75 in the baseline, 80.25 now" in capsys.readouterr().out
+    assert main(["gate", str(run), "--target", "ort"]) == 2
+    assert "is a finished run: nothing is run. Found: targets" in capsys.readouterr().err
+    assert main(["compare", str(run), str(run)]) == 0
+    assert "ort w4a4: every sample as before (n = 400)" in capsys.readouterr().out
 
 
 # --- two runs side by side ------------------------------------------------------------------------------------

@@ -80,6 +80,20 @@ def test_wheel_holds_every_file_and_no_generic_top_level_name(wheel: Path) -> No
     assert f"{info}/licenses/LICENSE" in names
 
 
+def test_the_wheel_brings_the_pytest_plugin(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    # Found by its entry point, in a process that knows the unpacked wheel only.
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path)},
+    )
+    assert "--s2d-report=PATH" in done.stdout, done.stdout + done.stderr
+
+
 def test_unpacked_wheel_imports_from_itself(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
