@@ -44,14 +44,14 @@ def read_description(artifact: Artifact) -> dict[str, Any]:
             message(
                 f"{artifact.folder}: not a TVM artifact",
                 expected=f"target tvm with {LIBRARY}, {PARAMETERS}, {DESCRIPTION}",
-                found=f"target {artifact.target} with {', '.join(artifact.files.values()) or 'no files'}",
+                found=f"target {artifact.target} with {', '.join(map(str, artifact.files.values())) or 'no files'}",
                 fix=_AGAIN,
             )
         )
     path = artifact.path("description")
     try:
         document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             message(f"{path}: cannot be read", found=f"{type(error).__name__}: {error}", fix=_AGAIN)
         ) from error
@@ -66,12 +66,17 @@ def read_description(artifact: Artifact) -> dict[str, Any]:
                 fix=_AGAIN,
             )
         )
+    digests, functions = document.get("sha256"), document.get("functions")
+    if not isinstance(digests, dict) or not isinstance(functions, dict) or not all(map(_is_entry, functions.values())):
+        raise ArtifactError(
+            message(f"{path}: changed", expected="digests and entries with parameters", found="others", fix=_AGAIN)
+        )
     for role, name in sorted(artifact.files.items()):
         if role == "description":
             continue
         file = artifact.path(role)
         found = sha256_file(file) if file.is_file() else "nothing"
-        expected = str(document.get("sha256", {}).get(name, "no such file"))
+        expected = str(digests.get(name, "no such file"))
         if found != expected:
             raise ArtifactError(
                 message(
@@ -82,6 +87,11 @@ def read_description(artifact: Artifact) -> dict[str, Any]:
                 )
             )
     return document
+
+
+def _is_entry(entry: Any) -> bool:
+    parameters = entry.get("parameters") if isinstance(entry, dict) else None
+    return isinstance(parameters, list) and all(isinstance(name, str) for name in parameters)
 
 
 def read_parameters(artifact: Artifact, about: dict[str, Any]) -> dict[str, Array]:

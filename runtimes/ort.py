@@ -23,6 +23,7 @@ import onnx
 
 from s2d_deploy.errors import ArtifactError, DataError, RuntimeUnavailable, UnsupportedError, message
 from s2d_deploy.feeds import Input, check_feeds
+from s2d_deploy.graph_check import sound
 from s2d_deploy.qgraph import load_model, metadata
 from s2d_deploy.session import Array, Artifact, Audit, Feeds, Rung
 
@@ -104,22 +105,28 @@ class OrtSession:
 
     def quantize(self, site: str, sources: Sequence[str], x: Array) -> Array:
         """Codes that the artifact's own nodes make of `x`; see `s2d_deploy.probing.QuantizerProbe`."""
+        model, shift = self.quantizer(site, sources)
+        session = session_of(model, self._artifact.info, 1)
+        bytes_ = _run(session, [session.get_outputs()[0].name], {model.graph.input[0].name: x})[0]
+        props = next(p for _, p in self._sites() if site in p["s2d.site"].split(","))
+        return _plan_codes(bytes_, props | {SHIFT: str(shift)})
+
+    def quantizer(self, site: str, sources: Sequence[str]) -> tuple[onnx.ModelProto, int]:
+        """A site's quantizer as a model, and what its bytes are shifted by; see `s2d_deploy.probing.LayerCut`."""
         self._open()
         node, props = next(
             ((n, p) for n, p in self._sites() if site in p["s2d.site"].split(",")), (onnx.NodeProto(), {})
         )
         if not props:
             raise UnsupportedError(message(f"site {site!r} has no quantizer in this artifact"))
-        model = quantizer_model(self._model, site, node.output[0], sources)
-        session = session_of(model, self._artifact.info, 1)
-        return _plan_codes(_run(session, [session.get_outputs()[0].name], {model.graph.input[0].name: x})[0], props)
+        return quantizer_model(self._model, site, node.output[0], sources), int(props[SHIFT])
 
-    def layer(self, op: str) -> onnx.ModelProto:
+    def layer(self, op: str, value: str) -> tuple[onnx.ModelProto, dict[str, tuple[str, int]]]:
         """One op with its own scales: codes in, float out; see `s2d_deploy.probing.LayerCut`."""
         self._open()
         if self._forced is None:
             self._forced = ForcedOps(self._model, self._artifact.info, self._threads)
-        return self._forced.layer(op)
+        return self._forced.layer(op, value)
 
     def taps_changed(self) -> list[str]:
         """Nodes of the optimized graph that showing the codes changes; see `s2d_deploy.probing.TapCheck`."""
@@ -155,7 +162,8 @@ class OrtSession:
     def audit(self) -> Audit:
         """Every contraction, as the optimized graph executes it."""
         self._open()
-        return audit_graph(self._model, self._path, self._artifact.info, RUNTIME.version())
+        with sound(str(self._path)):
+            return audit_graph(self._model, self._path, self._artifact.info, RUNTIME.version())
 
     def close(self) -> None:
         """Free the sessions. A closed one refuses to run."""

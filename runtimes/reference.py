@@ -28,6 +28,7 @@ from scipy.special import erf
 from s2d_deploy import __version__
 from s2d_deploy.errors import ArtifactError, DataError, RecipeError, UnsupportedError, message
 from s2d_deploy.feeds import Input, check_feeds
+from s2d_deploy.graph_check import sound
 from s2d_deploy.integer import (
     integer_conv2d,
     integer_matmul,
@@ -238,25 +239,31 @@ class ReferenceSession:
 
     def quantize(self, site: str, sources: Sequence[str], x: Array) -> Array:
         """Codes that the artifact's own nodes make of `x`; see `s2d_deploy.probing.QuantizerProbe`."""
+        model, _ = self.quantizer(site, sources)
+        try:
+            evaluator = ReferenceEvaluator(model, new_ops=[QuantizeLinear])
+            return as_codes(evaluator.run(None, {model.graph.input[0].name: x})[0])
+        except Exception as error:  # whatever the evaluator makes of nodes that take no plain list of values
+            why = f"{type(error).__name__}: {error}"
+            raise UnsupportedError(message(f"site {site!r}: its quantizer does not run alone", found=why)) from error
+
+    def quantizer(self, site: str, sources: Sequence[str]) -> tuple[onnx.ModelProto, int]:
+        """A site's quantizer as a model; its codes are not shifted. See `s2d_deploy.probing.LayerCut`."""
         if site not in self._sites:
             raise UnsupportedError(message(f"site {site!r} has no quantizer in this artifact"))
-        model = quantizer_model(self._model, site, self._sites[site], sources)
-        evaluator = ReferenceEvaluator(model, new_ops=[QuantizeLinear])
-        return as_codes(evaluator.run(None, {model.graph.input[0].name: x})[0])
+        return quantizer_model(self._model, site, self._sites[site], sources), 0
 
-    def layer(self, op: str) -> onnx.ModelProto:
+    def layer(self, op: str, value: str) -> tuple[onnx.ModelProto, dict[str, tuple[str, int]]]:
         """One op with its own scales: codes in, float out; see `s2d_deploy.probing.LayerCut`."""
-        if op not in self._contractions:
-            raise UnsupportedError(message(f"no op {op!r} in this artifact"))
-        types = {node.output[0]: node for node in self._model.graph.node if node.output[0] in self._sites.values()}
+        producers = {name: node for node in self._model.graph.node for name in node.output}
+        if value not in producers:
+            raise UnsupportedError(message(f"op {op!r}: this artifact has no value {value!r}"))
         stored = initializers(self._model)
-        sites = {
-            name: helper.make_tensor_value_info(name, stored[node.input[2]].data_type, None)
-            for name, node in types.items()
-        }
-        producers = {value: node for node in self._model.graph.node for value in node.output}
-        result = self._contractions[op].node.output[0]
-        return until(self._model, result, [sites[name] for name in ancestors(producers, result, set(sites))])
+        names = {codes: site for site, codes in reversed(self._sites.items())}
+        behind = ancestors(producers, value, set(names))
+        types = {name: stored[producers[name].input[2]].data_type for name in behind}
+        inputs = [helper.make_tensor_value_info(name, types[name], None) for name in behind]
+        return until(self._model, value, inputs), {name: (names[name], 0) for name in behind}
 
     def close(self) -> None:
         """Free the weights. A closed session refuses to run."""
@@ -266,7 +273,8 @@ class ReferenceSession:
         if self._evaluator is None:
             raise ArtifactError(message("this session is closed", fix="open the artifact again"))
         check_feeds(feeds, self._inputs)
-        values = self._evaluator.run(names, dict(feeds))
+        with sound("the artifact's graph, which was loaded"):
+            values = self._evaluator.run(names, dict(feeds))
         return dict(zip(names, values, strict=True))
 
 

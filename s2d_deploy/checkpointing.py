@@ -20,6 +20,8 @@ from s2d_deploy.errors import ArtifactError, StageError, message
 from s2d_deploy.sharding import is_sharded
 from s2d_deploy.spectral import whole
 
+_DIGEST = "sha256"
+
 
 def prepared(path: Path) -> Path:
     """`path`, its folder made: checked before the first step, not at the first checkpoint.
@@ -45,7 +47,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("wb") as file:
-            torch.save(state, file)
+            torch.save({**state, _DIGEST: digest_of(state)}, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -64,7 +66,9 @@ def load(path: Path, fingerprint: str) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["fingerprint"]
+        found, recorded = state["fingerprint"], state.pop(_DIGEST)
+        if recorded != digest_of(state):
+            raise ValueError("the values are not those that were written")
     except Exception as error:
         raise ArtifactError(
             message(
@@ -82,6 +86,30 @@ def load(path: Path, fingerprint: str) -> dict[str, Any]:
         )
     result: dict[str, Any] = state
     return result
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 over a nested state, tensors bit by bit: torch's archives carry no digest that loading would check."""
+    h = hashlib.sha256()
+    _feed(h, value)
+    return h.hexdigest()
+
+
+def _feed(h: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        h.update(f"tensor {value.dtype} {list(value.shape)}".encode())
+        h.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        h.update(f"dict {len(value)}".encode())
+        for key, entry in value.items():
+            h.update(repr(key).encode())
+            _feed(h, entry)
+    elif isinstance(value, list | tuple):
+        h.update(f"list {len(value)}".encode())
+        for entry in value:
+            _feed(h, entry)
+    else:
+        h.update(f"{type(value).__name__} {value!r}".encode())
 
 
 def fingerprint(model: nn.Module, *arguments: object) -> str:

@@ -21,6 +21,7 @@ from s2d_deploy.equalized_linear import EqualizedLinear, put
 from s2d_deploy.errors import ModelError, message
 
 INSERTED_FILE = "inserted.safetensors"
+_MOST_COPIES = 64  # of a channel, on average: far above what any search makes, far below what could not be stored
 _README = """\
 This folder holds the weights of the model after one-shot conditioning.
 
@@ -104,6 +105,8 @@ def _misfit(layer: nn.Module | None, parts: dict[str, Tensor]) -> str:
     copies = parts.get("copies", torch.ones(k, dtype=torch.int64))
     direct = parts.get("direct", torch.zeros(0, dtype=torch.int64))
     absent = (copies == 0).nonzero().flatten()
+    if copies.dtype == torch.int64 and int(copies.clamp(0, _MOST_COPIES * k + 1).sum()) > _MOST_COPIES * k:
+        return f"more than {_MOST_COPIES} copies of a channel, on average"
     if copies.dtype != torch.int64 or bool((copies < 0).any()) or not torch.equal(absent, direct.to(absent)):
         return "a channel neither arrives nor is led past"
     return ""

@@ -95,6 +95,6 @@ def _preprocessor(source: str) -> dict[str, Any]:
         return {}
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(message(f"{path}: not readable JSON", found=str(error))) from error
     return document if isinstance(document, dict) else {}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from s2d_deploy import formats
 from s2d_deploy.errors import ArtifactError, PlanError, message
+from s2d_deploy.files import read_json
 from s2d_deploy.grid import Grid
 
 OpKind = Literal["linear", "conv", "scores", "context"]
@@ -166,7 +167,7 @@ class Plan:
         """
         path = folder / "plan.json"
         try:
-            document = json.loads(path.read_text())
+            document = read_json(path)
             version = document["plan_version"]
             if version != PLAN_VERSION:
                 raise ArtifactError(
@@ -199,7 +200,9 @@ class Plan:
                         tensors.get(f"{name}.tensor_scale"),
                     )
                 )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except PlanError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ArtifactError(
                 message(
                     f"{path}: not a quantization plan",

@@ -16,6 +16,7 @@ import onnx
 from onnx import numpy_helper
 
 from s2d_deploy.errors import ArtifactError, UnsupportedError, message
+from s2d_deploy.graph_check import check_graph, sound
 from s2d_deploy.session import Array, as_codes
 
 
@@ -78,7 +79,7 @@ def load_model(path: Path) -> onnx.ModelProto:
     """Read an ONNX file, with external data where it has some.
 
     Raises:
-        ArtifactError: missing, truncated, or no ONNX.
+        ArtifactError: missing, truncated, no ONNX, or a graph that contradicts itself.
     """
     try:
         model = onnx.load(path)
@@ -90,6 +91,7 @@ def load_model(path: Path) -> onnx.ModelProto:
         ) from error
     if not model.graph.node:
         raise ArtifactError(message(f"{path}: an ONNX file without nodes", fix="export it again"))
+    check_graph(model, str(path))
     return model
 
 
@@ -128,25 +130,34 @@ def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 
 def contractions(model: onnx.ModelProto) -> list[Contraction]:
-    """Every MatMul and Conv of a common ONNX model, in graph order."""
+    """Every MatMul and Conv of a common ONNX model, in graph order.
+
+    Raises:
+        ArtifactError: one whose operands or metadata are not what the exporter writes; it is named.
+    """
     producers = {output: node for node in model.graph.node for output in node.output}
     stored = initializers(model)
     result = []
     for node in model.graph.node:
         if node.op_type in ("MatMul", "Conv"):
-            props = metadata(node)
-            left, right = (_operand(name, producers, stored) for name in node.input[:2])
-            result.append(
-                Contraction(
-                    props.get("s2d.op", node.name),
-                    node,
-                    props.get("s2d.declared", "float"),
-                    int(props.get("s2d.macs", "0")),
-                    left,
-                    right,
-                )
-            )
+            with sound(f"node {node.name!r}"):
+                result.append(_contraction(node, producers, stored))
     return result
+
+
+def _contraction(
+    node: onnx.NodeProto, producers: dict[str, onnx.NodeProto], stored: dict[str, onnx.TensorProto]
+) -> Contraction:
+    props = metadata(node)
+    left, right = (_operand(name, producers, stored) for name in node.input[:2])
+    return Contraction(
+        props.get("s2d.op", node.name),
+        node,
+        props.get("s2d.declared", "float"),
+        int(props.get("s2d.macs", "0")),
+        left,
+        right,
+    )
 
 
 def _operand(name: str, producers: dict[str, onnx.NodeProto], stored: dict[str, onnx.TensorProto]) -> Operand | None:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from s2d_deploy.errors import ArtifactError, ModelError, message
+from s2d_deploy.errors import ArtifactError, ModelError, S2DDeployError, message
+from s2d_deploy.files import read_json
 
 NAME = "input_transform"
 _TENSORS, _KINDS = "changed.safetensors", "changed.json"
@@ -266,16 +267,23 @@ def load_changes(model: nn.Module, folder: Path) -> None:
     if not path.exists():
         return
     try:
-        written: Mapping[str, Any] = json.loads(path.read_text())
+        written: Mapping[str, Any] = read_json(path)
         for name, entry in written["transforms"].items():
-            attach(model.get_submodule(name), made(entry))
+            layer = model.get_submodule(name)
+            _require_bounded(entry, getattr(layer, "in_features", None))
+            attach(layer, made(entry))
         tensors = load_file(folder / _TENSORS)
         own = model.state_dict()
         wrong = [n for n, t in tensors.items() if n not in own or own[n].shape != t.shape]
         if wrong:
             raise KeyError(f"{wrong[0]} of another model")
         model.load_state_dict(tensors, strict=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except ArtifactError:
+        raise
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError),
+        *(SafetensorError, S2DDeployError),
+    ) as error:
         raise ArtifactError(
             message(
                 f"{path}: not changes of this model",
@@ -283,6 +291,16 @@ def load_changes(model: nn.Module, folder: Path) -> None:
                 fix="run `s2d-deploy quantize` again",
             )
         ) from error
+
+
+def _require_bounded(entry: Any, width: int | None) -> None:
+    """Refuse a transform that is larger than the layer behind it, before anything of its size is made (ValueError)."""
+    for key, value in entry["arguments"].items():
+        if key == "parts":
+            for part in value:
+                _require_bounded(part, width)
+        elif key != "seed" and (not isinstance(value, int) or width is None or not 0 < value <= width):
+            raise ValueError(f"{entry['kind']} with {key} {value!r} in front of {width} channels")
 
 
 def _apply(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -109,7 +109,7 @@ def _read_costs(options: Options, ops: Mapping[str, Op]) -> tuple[dict[str, dict
         facts = _facts(document) if document.get("kind") == KIND else {}
         table = document["costs"] if facts else document
         costs = {str(op): {str(p): float(c) for p, c in row.items()} for op, row in table.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise RecipeError(
             message(
                 f"{path}: not a costs file",
