@@ -10,8 +10,8 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -32,8 +32,10 @@ from ._tvm_isa import Isa, host_name, isa_of, require_known_processor, required_
 from ._tvm_products import Product, Stored, lower_product, token_operands
 from ._tvm_schedule import schedule_loops
 from ._tvm_static import StaticGraph, fix_dimensions
+from ._tvm_tune import Tuned, Tuning, tune_loops
 
 logger = logging.getLogger(__name__)
+Loops = Callable[[Any], Any]
 
 
 @dataclass
@@ -69,7 +71,12 @@ def require_compiler() -> None:
 
 
 def compile_model(
-    model: onnx.ModelProto, batches: Sequence[int], sizes: Mapping[str, int], device: str, progress: Progress
+    model: onnx.ModelProto,
+    batches: Sequence[int],
+    sizes: Mapping[str, int],
+    device: str,
+    progress: Progress,
+    tuning: Tuning | None = None,
 ) -> Built:
     """Compile `model` for every batch size of `batches`.
 
@@ -79,6 +86,7 @@ def compile_model(
         sizes: sizes of further dynamic dimensions, by name.
         device: see `resolve_target` and `parse_device`.
         progress: is told what is being done.
+        tuning: budget for trying loops on this machine; None: none are tried.
 
     Raises:
         RecipeError: an unknown device, or a dynamic dimension without a size.
@@ -142,7 +150,17 @@ def compile_model(
         raise ValueError("no batch size")
     progress("TVM: optimizing and compiling")
     made: dict[str, DeviceCode] = {}
-    executable = _compile(builder.get(), target, isa, made)
+    tuned: list[Tuned] = []
+
+    def loops(module: Any) -> Any:
+        if isinstance(isa, CudaIsa):
+            return schedule_threads(module)
+        if tuning is not None:
+            module, found = tune_loops(module, target, isa.lanes, tuning, progress)
+            tuned.extend(found)
+        return schedule_loops(module, isa.lanes)
+
+    executable = _compile(builder.get(), target, isa, made, loops)
     code = device_code(executable, isa, made) if isinstance(isa, CudaIsa) else None
     description = {
         "precision": metadata(model).get("s2d.precision", "fp32"),
@@ -161,6 +179,8 @@ def compile_model(
         "built_on": host_name(),
         "tvm": tvm.__version__,
     }
+    if tuning is not None:
+        description["tuning"] = [asdict(found) for found in tuned]
     if isinstance(isa, CudaIsa) and code is not None:
         description |= {"compute_capability": isa.capability, **code.description()}
     elif isinstance(isa, Isa):
@@ -282,7 +302,7 @@ def _storage(product: Product, stored: Stored | None) -> str:
     return {"uint8": "int4, two a byte", "int8": "int8", "float32": "float32"}[stored.packed.dtype.name]
 
 
-def _compile(module: Any, target: Any, isa: Isa | CudaIsa, made: dict[str, DeviceCode]) -> Any:
+def _compile(module: Any, target: Any, isa: Isa | CudaIsa, made: dict[str, DeviceCode], loops: Loops) -> Any:
     import tvm
     from tvm import relax
 
@@ -313,7 +333,7 @@ def _compile(module: Any, target: Any, isa: Isa | CudaIsa, made: dict[str, Devic
     try:
         with target, _quiet(), own_compiler(isa, made) if isinstance(isa, CudaIsa) else contextlib.nullcontext():
             module = tvm.transform.Sequential(front)(module)
-            module = schedule_loops(module, isa.lanes) if isinstance(isa, Isa) else schedule_threads(module)
+            module = loops(module)
             module = tvm.transform.Sequential(back)(module)
             return relax.build(module, target=target, relax_pipeline=None)
     except tvm.error.InternalError as error:

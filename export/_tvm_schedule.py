@@ -22,33 +22,47 @@ def schedule_loops(module: Any, lanes: int) -> Any:
     for name, function in module.functions_items():
         attributes = function.attrs or {}
         if isinstance(function, tirx.PrimFunc) and not attributes.get("tirx.is_scheduled", False):
-            updated[name] = _schedule(function, lanes)
+            updated[name] = plain_schedule(function, lanes)
     for name, function in updated.items():
         module.update_func(name, function)
     return module
 
 
-def _schedule(function: Any, lanes: int) -> Any:
+def plain_schedule(function: Any, lanes: int) -> Any:
+    """One PrimFunc: its outer loops in parallel where there is enough work, the innermost in vectors."""
     from tvm import s_tir
-    from tvm.s_tir.dlight.analysis import normalize_prim_func
-    from tvm.s_tir.dlight.base import try_inline_contiguous_spatial
 
     schedule = s_tir.Schedule(function)
-    blocks = normalize_prim_func(schedule)
+    blocks = simple_blocks(schedule)
     if blocks is None:
         logger.debug("not a nest of simple loops, left as it is: %s", function.attrs)
         return function.with_attr("tirx.is_scheduled", True)
+    for block, spatial in blocks:
+        loops = schedule.get_loops(block)
+        _loops(schedule, loops, [int(schedule.get(loop).extent) for loop in loops], spatial, lanes)
+    return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+
+
+def simple_blocks(schedule: Any) -> list[tuple[Any, int]] | None:
+    """Blocks that are nests of loops with the reductions innermost, others inlined, and their spatial loops' number.
+
+    None for a function of another form.
+    """
+    from tvm.s_tir.dlight.analysis import normalize_prim_func
+    from tvm.s_tir.dlight.base import try_inline_contiguous_spatial
+
+    blocks = normalize_prim_func(schedule)
+    if blocks is None:
+        return None
+    found = []
     for block in try_inline_contiguous_spatial(schedule, blocks):
-        loops = schedule.get_loops(block.block_rv)
         kinds = block.dom_kind()
-        if len(loops) != len(kinds):
+        if len(schedule.get_loops(block.block_rv)) != len(kinds):
             continue
         spatial = len(kinds) if "R" not in kinds else kinds.index("R")
-        if "O" in kinds or "S" in kinds[spatial:]:
-            continue
-        extents = [int(schedule.get(loop).extent) for loop in loops]
-        _loops(schedule, loops, extents, spatial, lanes)
-    return schedule.mod["main"].with_attr("tirx.is_scheduled", True)
+        if "O" not in kinds and "S" not in kinds[spatial:]:
+            found.append((block.block_rv, spatial))
+    return found
 
 
 def _loops(schedule: Any, loops: list[Any], extents: list[int], spatial: int, lanes: int) -> None:

@@ -13,6 +13,7 @@ Run as a script: ``python -m s2d_deploy.export.to_tvm COMMON.onnx OUT_FOLDER``.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from s2d_deploy.session import Artifact, Progress
 from ._tvm_cuda_link import link_cuda
 from ._tvm_isa import NATIVE
 from ._tvm_link import link
+from ._tvm_tune import Tuning, require_sound_ffi
 
 DEFAULT_BATCHES = (1,)
 # What `--help` and docs/tvm.md show; the tests run these very lines.
@@ -46,7 +48,8 @@ parameters = tuple(tvm.runtime.tensor(stored[name]) for name in names)
 batch = numpy.load("batch.npy")  # one sample, of the type and shape that about["inputs"] gives
 outputs = [y.numpy() for y in vm["run_1"](tvm.runtime.tensor(batch), parameters)]
 """
-_OPTIONS = ("batch", "shapes", "device")
+_OPTIONS = ("batch", "shapes", "device", "tune")
+_TUNE_OPTIONS = ("seconds", "trials", "folder")
 
 
 class TvmTarget:
@@ -106,7 +109,8 @@ class TvmTarget:
             precision: name for the manifest.
             options: ``batch``: a size or a list of sizes (default 1); ``shapes``: sizes of further dynamic dimensions,
                 by name; ``device``: ``"native"`` (default), ``"llvm -mcpu=... -mattr=... -mtriple=..."``, or for a GPU
-                ``"cuda -arch=sm_86 -kernels=..."``.
+                ``"cuda -arch=sm_86 -kernels=..."``; ``tune``: seconds to try loops for on this machine, or a mapping
+                with ``seconds``, ``trials`` (for each function, default 32) and ``folder`` (of the database).
             progress: is told what is being done.
 
         Raises:
@@ -115,11 +119,14 @@ class TvmTarget:
             UnsupportedError: an operator cannot be compiled; the message names it.
         """
         batches, sizes, device = _options(options)
+        tuning = _tuning(options.get("tune"), device)
         from ._tvm_build import compile_model, require_compiler
 
         require_compiler()
+        if tuning is not None:
+            require_sound_ffi()
         folder.mkdir(parents=True, exist_ok=True)
-        built = compile_model(load_model(dialect), batches, sizes, device, progress)
+        built = compile_model(load_model(dialect), batches, sizes, device, progress, tuning)
         progress("TVM: linking")
         import tvm
 
@@ -143,6 +150,11 @@ class TvmTarget:
             "weight_size_bytes": sum(op["weight_size_bytes"] for op in description["ops"].values()) or None,
             "notes": [f"{name}: {op['note']}" for name, op in description["ops"].items() if op["note"]],
         }
+        for tuned in description.get("tuning", ()):
+            if tuned["best_us"] < tuned["plain_us"]:
+                info["notes"].append(
+                    f"{tuned['function']}: {tuned['plain_us']:.1f} us, by tuning {tuned['best_us']:.1f} us"
+                )
         if built.code is not None:
             audit = gpu_audit(description, description["batches"][0])
             info |= {"compute_capabilities": [description["compute_capability"]], "compiler": built.code.compiler}
@@ -165,6 +177,37 @@ def _options(options: Mapping[str, Any]) -> tuple[list[int], dict[str, int], str
             message("TVM builds for batch sizes and shapes of at least 1", found=", ".join(map(repr, wrong)) or "none")
         )
     return sorted(set(batches)), sizes, str(options.get("device", NATIVE))
+
+
+def _tuning(given: Any, device: str) -> Tuning | None:
+    """The option ``tune``."""
+    if given is None or given == 0:
+        return None
+    options = {"seconds": given} if isinstance(given, int | float) else given
+    if not isinstance(options, Mapping) or set(options) - set(_TUNE_OPTIONS) or "seconds" not in options:
+        raise RecipeError(
+            message(
+                "tune: seconds to spend, or a mapping with seconds, trials and folder",
+                found=repr(given),
+                fix="write tune: 60, or tune: {seconds: 60, trials: 32}",
+            )
+        )
+    seconds, trials = options["seconds"], options.get("trials", 32)
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or seconds <= 0:
+        raise RecipeError(message("tune.seconds", expected="a number above 0", found=repr(seconds)))
+    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1:
+        raise RecipeError(message("tune.trials", expected="an integer of at least 1", found=repr(trials)))
+    if device != NATIVE:
+        raise RecipeError(
+            message(
+                "tune tries loops on this machine",
+                expected=f"device {NATIVE!r}",
+                found=f"device {device!r}",
+                fix="leave the option tune out, or build on the device itself",
+            )
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Tuning(float(seconds), Path(str(options.get("folder") or cache / "s2d-deploy" / "tvm-tuning")), trials)
 
 
 TARGET = TvmTarget()
@@ -214,12 +257,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="native: the best instruction set of this machine (default); 'llvm -mcpu=... -mattr=... -mtriple=...'; "
         "or a GPU: 'cuda -arch=sm_86', with -kernels=dp4a, int8 or int4 for less than its best (needs nvcc or NVRTC)",
     )
+    parser.add_argument(
+        "--tune",
+        type=float,
+        metavar="SECONDS",
+        help="try loops of what has no kernel of its own on this machine for so long (default: none; what was found "
+        "is kept for later builds)",
+    )
     arguments = parser.parse_args(argv)
     try:
         options = {
             "batch": arguments.batch or list(DEFAULT_BATCHES),
             "shapes": dict(map(_shape, arguments.shape)),
             "device": arguments.device,
+            "tune": arguments.tune,
         }
         precision = metadata(load_model(arguments.model)).get("s2d.precision", "fp32")
         arguments.folder.mkdir(parents=True, exist_ok=True)
