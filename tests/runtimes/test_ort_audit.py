@@ -129,9 +129,10 @@ def test_scales_along_the_summed_axis_are_found_where_the_kernel_ignores_their_a
     assert right["outputs"]["fc"] is None or right["outputs"]["fc"] > 100
 
 
-def test_scales_along_the_summed_axis_that_are_not_fused_are_named_too(tmp_path):
+def test_scales_along_the_summed_axis_in_front_of_a_quantizer_are_named_too(tmp_path):
+    """onnxruntime 1.32 computes this one in float; 1.24 takes QLinearMatMul, and is wrong again."""
     (layer,) = audited(linear(axis=0, requantized=True), tmp_path)["layers"]
-    assert layer["executed"] == "float32"
+    assert layer["executed"] in ("float32", "int8")
     assert layer["differs"].endswith("an integer kernel reads them as axis 1")
 
 
