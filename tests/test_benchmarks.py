@@ -34,8 +34,8 @@ LOADING = (  # research scripts around torch itself: their help waits for it
 )
 sys.path.append(str(FOLDER))  # scripts import each other by name, as they do when they are run
 _common, _models, _peak, _peers = map(import_module, ("_common", "_models", "_peak", "_peers"))
-demo_time, latency, ort_w4a4, startup, weight_sizes = map(
-    import_module, ("demo_time", "latency", "ort_w4a4", "startup", "weight_sizes")
+demo_time, latency, ort_w4a4, startup, trt_engines, weight_sizes = map(
+    import_module, ("demo_time", "latency", "ort_w4a4", "startup", "trt_engines", "weight_sizes")
 )
 at_most, Figure, Record = _common.at_most, _common.Figure, _common.Record
 
@@ -389,6 +389,24 @@ def test_only_limited_targets_can_fail() -> None:
         ("undecided", None),
     ]
     assert weight_sizes.figures([weight_sizes.Size("m", "tvm", "w4a4", 16, 100)])[0].verdict == "fail"
+
+
+def test_engines_that_do_not_execute_what_they_declare_fail() -> None:
+    def engine(precision: str, mismatches: int | None, ratio: float | None = None, form: str = "default") -> object:
+        gpus = ("8.0", "8.6", "12.0")
+        sizes = (None, None) if mismatches is None else (10, 40)
+        return trt_engines.Engine("m", precision, form, gpus, *sizes, ratio, 1.0, mismatches=mismatches)
+
+    found = [engine("w4a4", 0, 0.14), engine("nvfp4", 2, 0.19), engine("w8a8", 0, 0.5, "fp16"), engine("fp32", None)]
+    assert [(f.name, f.verdict) for f in trt_engines.figures(found)] == [
+        ("m w4a4 (default): ops not as declared", "pass"),
+        ("m w4a4 (default): weights over FP32", "pass"),
+        ("m nvfp4 (default): ops not as declared", "fail"),
+        ("m nvfp4 (default): weights over FP32", "fail"),
+        ("m w8a8 (fp16): ops not as declared", "pass"),
+    ]
+    assert trt_engines.row(found[0])[:4] == ("m w4a4 (default) all", "10", "40", "0.1400")
+    assert "refused" in trt_engines.row(found[-1])
 
 
 # ---- the demo's report --------------------------------------------------------------------------------------
