@@ -62,7 +62,7 @@ def require_cuda_compiler(isa: CudaIsa) -> str:
                 "no CUDA compiler",
                 expected="nvcc on PATH, or NVRTC",
                 found="neither",
-                fix="install the CUDA toolkit, or pip install 'cuda-bindings[all]'",
+                fix="install the CUDA toolkit, or pip install cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-cccl",
             )
         )
     known = architectures()

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from s2d_deploy.errors import ArtifactError, DataError, DeviceUnavailable, RecipeError, message
+from s2d_deploy.errors import ArtifactError, DataError, DeviceUnavailable, RecipeError, UnsupportedError, message
 from s2d_deploy.session import Array, Artifact, Rung
 
 from ._tvm_artifact import read_parameters
+from ._tvm_cuda import is_for_gpu
 from ._tvm_machine import import_tvm, loading, refuse_missing
 from ._tvm_probe import read_processor, write_probe
 from .tvm_vm import RUNTIME, TvmSession
@@ -151,9 +152,18 @@ class RemoteMachine:
     Raises:
         ArtifactError: truncated, foreign, changed, or for another architecture.
         DeviceUnavailable: the device lacks features or threads, or its process ended.
+        UnsupportedError: built for CUDA.
     """
 
     def __init__(self, artifact: Artifact, about: dict[str, Any], link: Link, threads: int) -> None:
+        if is_for_gpu(about):
+            raise UnsupportedError(
+                message(
+                    f"{artifact.folder}: artifacts for CUDA are not run over RPC",
+                    found=f"one for compute capability {about['compute_capability']}, device {link.address}",
+                    fix="run it on the machine with the GPU, or build for that device's processor",
+                )
+            )
         if "library" not in artifact.files:
             raise ArtifactError(
                 message(f"{artifact.folder}: built without a linker, so there is no library to send", fix="install g++")

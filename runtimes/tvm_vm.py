@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -259,6 +259,11 @@ class TvmRuntime:
     def device(self) -> str:
         """The processor and the dot product that our kernels use on it."""
         return f"cpu: {os.cpu_count()} threads, {byte_dot_product() or 'no byte dot product'} ({cpu_name()})"
+
+    def device_for(self, options: Mapping[str, Any]) -> str:
+        """What an artifact with these options runs on: the GPU of its option ``device``, or this processor."""
+        device = str(options.get("device", ""))
+        return f"gpu: {device}" if device.startswith("cuda") else self.device()
 
     def details(self) -> list[str]:
         """Lines for `doctor`: whether artifacts for CUDA can be built here, and whether they can be run."""

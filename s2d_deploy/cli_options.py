@@ -97,7 +97,8 @@ device_option = click.option(
     "devices",
     multiple=True,
     metavar="DEVICE",
-    help="For tvm: what to build for, 'llvm -mcpu=...', and where to run, rpc://host:port/key; repeatable.",
+    help="For tvm: what to build for, 'llvm -mcpu=...' or 'cuda -arch=...', and where to run, rpc://host:port/key; "
+    "repeatable.",
 )
 
 
