@@ -150,7 +150,8 @@ def doctor_lines() -> list[str]:
     """What `doctor` says about CUDA: whether artifacts can be built, and whether they can be run."""
     compiler = cuda_compiler()
     if compiler is None:
-        builds = "CUDA: cannot be built: no nvcc on PATH, and no NVRTC (pip install cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-cccl)"
+        pip = "pip install cuda-bindings nvidia-cuda-nvrtc nvidia-cuda-cccl"
+        builds = f"CUDA: cannot be built: no nvcc on PATH, and no NVRTC ({pip})"
     else:
         known = architectures()
         reach = f" for {known[0]} to {known[-1]}" if known else ""

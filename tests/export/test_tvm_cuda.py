@@ -30,7 +30,7 @@ from s2d_deploy.export._tvm_kernels import Geometry  # noqa: E402, TID251
 from s2d_deploy.export._tvm_panels import Panels, panel_width  # noqa: E402, TID251
 from s2d_deploy.registry import load_runtime, load_target  # noqa: E402
 from s2d_deploy.runtimes._tvm_cuda import gpu_audit, multiplies_4_bits, runs_on  # noqa: E402, TID251
-from s2d_deploy.runtimes._tvm_cuda_toolkit import cuda_compiler  # noqa: E402, TID251
+from s2d_deploy.runtimes._tvm_cuda_toolkit import cuda_compiler, nvrtc_bindings  # noqa: E402, TID251
 from s2d_deploy.session import Artifact  # noqa: E402
 
 emulation = pytest.mark.skipif(cuda_emulator.missing() is not None, reason=str(cuda_emulator.missing()))
@@ -317,6 +317,19 @@ def test_kernels_hold_the_instruction(arch: str) -> None:
         assert code.resources[name]["registers"] > 16
         assert code.resources[name]["shared_bytes"] > 0
         assert code.resources[name]["spill_bytes"] == 0
+
+
+@pytest.mark.skipif(nvrtc_bindings() is None, reason="NVRTC is not installed")
+def test_nvrtc_makes_the_same_instructions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert str(cuda_compiler()).startswith("NVRTC")
+    isa = parse_device(SM80)
+    kernel = product(isa, 16, 64, 16, 4, 128, small=True)[1].with_attr("global_symbol", "small")
+    built = tvm.compile(tvm.IRModule({"small": kernel}), target=tvm.target.Target(cuda_target(isa)))
+    code = compile_source(built.mod.imports[0].inspect_source("cuda"), isa)
+    assert set(code.instructions["small"]) == {WANTED["sm_80 s4"][0]}
+    assert code.binary[:4] == b"\x7fELF"
+    assert code.resources["small"]["registers"] > 16
 
 
 def test_the_table_of_units_names_what_hardware_has() -> None:
