@@ -132,10 +132,7 @@ def slower_than_float(
         return f"{told}: quantized weights save memory here, not time"
     searched = options.get("placement") == "search"
     if precision.endswith("a16"):
-        why = (
-            "MatMulNBits unpacks each weight for every call and multiplies in float, which pays where one row reads "
-            "the weights, not where many do"
-        )
+        why = "MatMulNBits unpacks each weight for every call, and multiplies in float"
         other = "w8a8 or w4a8, which multiply integers"
     else:
         why, other = "the quantizers cost more than the integer products save at these shapes", "fp32"
