@@ -435,6 +435,13 @@ def test_a_run_packs_checks_and_runs_again(commands: Commands):
     other = commands("report", "--check", "e.zip", "--rerun", "--set", "data.test_samples=12")
     assert other.code == 1
     assert "DOES NOT HOLD: run on the same 12 samples" in other.stdout
+    # A baseline of the same run, by the recipe: its verdicts stand in the run's own report.
+    made = commands("gate", "packed.yaml", "--baseline", "b.json", "--write")
+    assert made.code == 0, made.stderr
+    judged = commands("gate", "packed.yaml", "--baseline", "b.json", "--json")
+    assert judged.code == 0, judged.stderr
+    assert "baseline_accuracy" in {g["name"] for g in judged.json["gates"]}
+    assert "baseline_accuracy" in (commands.cwd / "runs" / "packed" / "report.md").read_text().replace("\\", "")
 
 
 @pytest.mark.parametrize(

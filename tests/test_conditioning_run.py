@@ -134,7 +134,7 @@ def test_both_diagnoses_and_the_plots_are_there(done: Any) -> None:
 
 
 def test_the_figures_are_those_of_the_outputs_on_the_held_out_texts(done: Any) -> None:
-    """Cosines of masked means, and a bootstrap, written out again."""
+    """Cosines of masked means, and a studentized bootstrap, written out again."""
     _, folder, _ = done
     document = json.loads((folder / "outcome" / "outcome.json").read_text())
     assert document["samples"] == {"training": 108, "calibration": 24, "held_out": 12}
@@ -153,8 +153,12 @@ def test_the_figures_are_those_of_the_outputs_on_the_held_out_texts(done: Any) -
         first, last = (100 * (unit[side, p] * reference).sum(axis=1) for side in ("before", "after"))
         assert change["before"] == pytest.approx(first.mean())
         assert change["after"] == pytest.approx(last.mean())
-        draws = np.random.default_rng(5).integers(0, 12, (20_000, 12))
-        low, high = np.quantile((last - first)[draws].mean(axis=1), [0.025, 0.975])
+        gain = last - first
+        draws = gain[np.random.default_rng(5).integers(0, 12, (20_000, 12))]
+        ratios = (draws.mean(axis=1) - gain.mean()) / (draws.std(axis=1) / np.sqrt(11))
+        low, high = gain.mean() - np.quantile(ratios, [0.975, 0.025]) * gain.std(ddof=1) / np.sqrt(12)
+        # A mean beyond the most extreme sample was never seen.
+        low, high = max(low, gain.min()), min(high, gain.max())
         width = high - low
         assert change["lo"] == pytest.approx(low, abs=0.1 * width)
         assert change["hi"] == pytest.approx(high, abs=0.1 * width)
