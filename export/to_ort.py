@@ -70,7 +70,7 @@ class OrtTarget:
 
         Raises:
             ArtifactError: no readable ONNX, not exported for `precision`, or it lies where the dialect would go.
-            PlanError: a scale is zero, negative, infinite or NaN; every one is named.
+            PlanError: a scale is zero, negative, denormal, infinite or NaN; every one is named.
         """
         return self.dialect_for(model, folder, precision=precision, options={}, placement=None)
 
@@ -298,13 +298,14 @@ def _check_scales(path: Path, model: onnx.ModelProto) -> None:
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[1] in stored:
             scale = numpy_helper.to_array(stored[node.input[1]]).astype(np.float64)
-            if not (np.isfinite(scale).all() and (scale > 0).all()):
+            # Below the smallest normal float32, kernels that flush denormals to zero divide by zero.
+            if not (np.isfinite(scale).all() and (scale >= np.finfo(np.float32).tiny).all()):
                 wrong.append(metadata(node).get("s2d.site", node.name))
     if wrong:
         raise PlanError(
             message(
                 f"{path}: scales that no runtime can divide by: {', '.join(dict.fromkeys(wrong))}",
-                expected="finite and positive",
+                expected="finite, positive, and no denormals (1.2e-38 or more)",
                 fix="calibrate again; a weight or an activation is NaN or infinite",
             )
         )

@@ -10,7 +10,6 @@ What this does not show: accuracy (inputs are random), and layers inside If, Loo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,7 +112,12 @@ def audit_any(
         try:
             return profiled(source, settings, threads, feeds, weights=weights)
         except ArtifactError as error:
-            raise _explained(error, path, version) from error
+            reason = " ".join(str(error.__cause__ or error).split())[:400]
+            raise ModelError(
+                message(
+                    f"{path}: onnxruntime {version} refuses the model", found=reason, fix="check it with onnx.checker"
+                )
+            ) from error
         except S2DDeployError:
             raise
         except Exception as error:  # onnxruntime's exceptions share no base class
@@ -413,50 +417,3 @@ def _db(wanted: Array, found: Array) -> float | None:
     noise = float(np.square(found.astype(np.float64) - signal).sum())
     power = float(np.square(signal).sum())
     return None if not noise or not power or not np.isfinite(noise) else float(10 * np.log10(power / noise))
-
-
-_LOADING: tuple[tuple[str, str, str], ...] = (
-    # onnxruntime's wording -> what it means, what to do
-    (
-        r"No Op registered for (?P<op>\S+) with domain_version of (?P<v>\d+)",
-        "operator {op} is not in opset {v}",
-        "export with an opset that has it, or replace the operator",
-    ),
-    (
-        r"Fatal error: (?P<domain>[\w.]*):(?P<op>\w+)\(-?\d+\) is not a registered function/op",
-        "operator {op} of domain {domain!r} is not known",
-        "load the library of custom operators that brings it, or export without it",
-    ),
-    (
-        r"No opset import for domain '(?P<domain>[^']*)'",
-        "domain {domain!r} is used, but the model does not import it",
-        "export it again; opset_import is incomplete",
-    ),
-    (
-        r"Opset (?P<v>\d+) is under development",
-        "opset {v} is newer than this onnxruntime",
-        "export with an older opset, or install a newer onnxruntime",
-    ),
-    (
-        r"Unsupported model IR version: (?P<v>\d+), max supported IR version: (?P<most>\d+)",
-        "IR version {v} is newer than this onnxruntime, which reads up to {most}",
-        "save with an older IR version, or install a newer onnxruntime",
-    ),
-    (
-        r"Could not find an implementation for (?P<op>[\w.]+)\((?P<v>\d+)\) node with name '(?P<node>[^']*)'",
-        "node {node!r}: {op} has no kernel for its types here",
-        "convert the model to float32, or use a provider that has the kernel",
-    ),
-)
-
-
-def _explained(error: ArtifactError, path: Path, version: str) -> S2DDeployError:
-    """onnxruntime's refusal to load, in a sentence."""
-    text = str(error.__cause__ or error)
-    for pattern, meaning, fix in _LOADING:
-        if (match := re.search(pattern, text)) is not None:
-            return UnsupportedError(message(f"{path}: {meaning.format(**match.groupdict())}", fix=fix))
-    reason = " ".join(text.split())[:400]
-    return ModelError(
-        message(f"{path}: onnxruntime {version} refuses the model", found=reason, fix="check it with onnx.checker")
-    )

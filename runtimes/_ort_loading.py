@@ -14,6 +14,7 @@ from s2d_deploy.large_models import LARGE, save_model, stored_bytes
 
 from ._cpu_features import byte_dot_product
 from ._ort_providers import asked_for, check_loaded, configure, refusal
+from ._ort_refusals import refused_model
 
 _FATAL_ONLY = (
     4  # onnxruntime's log severity: what it logs as an error it raises as well, and ours is the message to read
@@ -55,6 +56,7 @@ def new_session(
 
     Raises:
         ArtifactError: onnxruntime cannot load the model; the message carries its reason.
+        UnsupportedError: an operator, domain, opset or type that this onnxruntime does not have.
         DeviceUnavailable: a provider is not in this build of onnxruntime, does not load, or runs a part of the model.
     """
     import onnxruntime
@@ -95,6 +97,8 @@ def new_session(
         if (unavailable := refusal(error, names)) is not None:
             raise unavailable from error
         where = "the model" if isinstance(model, bytes) else str(model)
+        if (unsupported := refused_model(error, where)) is not None:
+            raise unsupported from error
         raise ArtifactError(
             message(
                 f"{where}: onnxruntime {onnxruntime.__version__} cannot load it",

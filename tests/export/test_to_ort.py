@@ -19,7 +19,7 @@ from onnx import TensorProto
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common_graphs import RANGES, Common, linear, quantized
 
-from s2d_deploy.errors import ArtifactError, PlanError, RecipeError
+from s2d_deploy.errors import ArtifactError, PlanError, RecipeError, UnsupportedError
 from s2d_deploy.registry import load_runtime, load_target
 
 ort = pytest.importorskip("onnxruntime")
@@ -345,13 +345,13 @@ def test_another_precision_is_refused(tmp_path):
         rewritten(linear("w4a4", "INT4", "INT4")[0], tmp_path, "w8a8")
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, np.inf, np.nan])
+@pytest.mark.parametrize("bad", [0.0, -1.0, 1e-40, np.inf, np.nan])
 def test_scales_that_nothing_can_divide_by_are_named(tmp_path, bad):
     common = Common("w4a4", x=(5, 8))
     left = common.activation("x", "fc.input", "INT4", bad)
     right = common.weight("fc.weight", "INT4", np.zeros((8, 8)), np.full(8, bad), axis=1)
     common.add("Identity", [common.op("MatMul", "fc", [left, right], "W4A4")], "y")
-    with pytest.raises(PlanError, match=r"fc\.input, fc\.weight\. Expected: finite and positive\."):
+    with pytest.raises(PlanError, match=r"fc\.input, fc\.weight\. Expected: finite, positive, and no denormals"):
         rewritten(common.model("y"), tmp_path, "w4a4")
 
 
@@ -360,6 +360,29 @@ def test_a_truncated_file_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ArtifactError, match="not a readable ONNX file"):
         build(path, tmp_path, "w4a4")
+
+
+def foreign(model, op_type, domain=""):
+    """An operator that nobody knows in front of the output."""
+    last = model.graph.node.pop()
+    node = onnx.helper.make_node(op_type, [last.input[0]], ["foreign"], name="foreign", domain=domain)
+    model.graph.node.extend([node, onnx.helper.make_node("Identity", ["foreign"], list(last.output), name="last")])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda m: foreign(m, "Foo"), r"operator Foo is not in opset 21"),
+        (lambda m: foreign(m, "Foo", "my.ops"), r"domain 'my\.ops' is used, but the model does not import it"),
+        (lambda m: setattr(m.opset_import[0], "version", 90), r"opset 90 is newer than this onnxruntime"),
+        (lambda m: setattr(m, "ir_version", 99), r"IR version 99 is newer than this onnxruntime"),
+    ],
+)
+def test_what_onnxruntime_does_not_have_is_said_in_words(tmp_path, change, text):
+    model = linear("w4a4", "INT4", "INT4")[0]
+    change(model)
+    with pytest.raises(UnsupportedError, match=text):
+        build(rewritten(model, tmp_path, "w4a4"), tmp_path, "w4a4")
 
 
 def test_the_common_file_is_not_overwritten(tmp_path):
