@@ -2,11 +2,11 @@
 
     python benchmarks/trt_engines.py
 
-ViTs with random weights are built at each precision for all compute capabilities together (ViT-Tiny for each one
-alone, too), and in the forms that options choose (float part in FP16, attention as one kernel, 4-bit weights stored as
-bytes). Nothing is executed: no GPU is needed, and no latency is claimed. What a layer executes is read from the list
-that the builder prints. The figures: no op whose arithmetic is not the declared one, and W4A4 and NVFP4 weights within
-their share of FP32's bytes.
+ViTs with random weights are built at each precision for all compute capabilities together (ViT-Tiny at W8A8, W4A4 and
+NVFP4 for each alone, too), and in the forms that options choose (float part in FP16, attention as one kernel, 4-bit
+weights stored as bytes). Nothing is executed: no GPU is needed, and no latency is claimed. What a layer executes is
+read from the list that the builder prints. The figures: no op whose arithmetic is not the declared one, and W4A4 and
+NVFP4 weights within their share of FP32's bytes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from s2d_deploy.errors import S2DDeployError
 MODELS = ("vit-tiny", "vit-small", "vit-base")
 PRECISIONS = ("fp32", "w8a8", "w4a16", "w4a8", "w4a4", "nvfp4")
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+ALONE = ("w8a8", "w4a4", "nvfp4")
 TOGETHER = ("8.0", "8.6", "8.9", "12.0", "12.1")
 # Options beside the default, for all capabilities together: precision, what it is called, the options.
 VARIANTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -141,8 +142,8 @@ def engines(models: Sequence[str], precisions: Sequence[str], work: Path) -> Ite
         with Bench(shape_of(name), work) as bench:
             for precision in precisions:
                 common = bench.onnx(precision).folder / "model.onnx"
-                for capability in CAPABILITIES if name == MODELS[0] else ():
-                    yield built(name, precision, "default", (capability,), common, {})
+                for capability in CAPABILITIES if name == MODELS[0] and precision in ALONE else ():
+                    yield built(name, precision, "not packed", (capability,), common, {"compress": False})
                 yield built(name, precision, "default", TOGETHER, common, {})
                 for of, form, options in VARIANTS:
                     if of == precision:

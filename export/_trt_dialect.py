@@ -33,14 +33,14 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from s2d_deploy.errors import ArtifactError, UnsupportedError, message
+from s2d_deploy.errors import UnsupportedError, message
 from s2d_deploy.qgraph import attributes, load_model, metadata
 from s2d_deploy.session import as_codes
 
+from ._trt_files import require_opset, save, with_types
 from ._trt_fp4 import is_fp4, to_tensorrt
 
 CODES = {"INT4": (-8, 7), "UINT4": (0, 15), "INT8": (-128, 127), "UINT8": (0, 255)}  # container -> its codes
-OPSETS = (21, 24)  # INT4 begins with 21; 24 is the last that was tried
 INT8_MIN, INT8_MAX = CODES["INT8"]
 
 
@@ -119,36 +119,10 @@ def write_dialect(source: Path, target: Path) -> onnx.ModelProto:
     require_opset(model, source)
     model = to_dialect(model)
     target.parent.mkdir(parents=True, exist_ok=True)
-    model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
+    model = with_types(model)
     to_tensorrt(model)
-    onnx.checker.check_model(model, full_check=False)
     save(model, target)
     return model
-
-
-def require_opset(model: onnx.ModelProto, path: Path) -> None:
-    """Refuse operators of other versions: TensorRT's parser reads any number, and guesses.
-
-    Raises:
-        ArtifactError: the file's opset is none that this project writes or TensorRT's parser knows.
-    """
-    found = next((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), 0)
-    if not OPSETS[0] <= found <= OPSETS[1]:
-        raise ArtifactError(
-            message(
-                f"{path}: opset {found}",
-                expected=f"{OPSETS[0]} to {OPSETS[1]}",
-                fix="export it again, or convert it with onnx.version_converter",
-            )
-        )
-
-
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Write `model`; weights beyond 1 GiB go to ``<path>.data``."""
-    if model.ByteSize() > 1 << 30:
-        onnx.save_model(model, path, save_as_external_data=True, location=f"{path.name}.data")
-    else:
-        onnx.save_model(model, path)
 
 
 def widen_weights(model: onnx.ModelProto) -> onnx.ModelProto:

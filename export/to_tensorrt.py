@@ -39,8 +39,9 @@ from ._standalone import write_manifest
 from ._trt_attention import fuse_attention
 from ._trt_build import compile_engine
 from ._trt_compute import Compute, to_compute
-from ._trt_dialect import save, widen_weights, write_dialect
+from ._trt_dialect import widen_weights, write_dialect
 from ._trt_example import EXAMPLE, write_example
+from ._trt_files import save
 from ._trt_fp4 import uses_fp4, with_fp4
 from ._trt_options import KEY, Options
 

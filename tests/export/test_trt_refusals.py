@@ -15,6 +15,7 @@ from s2d_deploy import load_target
 from s2d_deploy.errors import ArtifactError, RecipeError, UnsupportedError
 
 dialect = import_module("s2d_deploy.export._trt_dialect")
+files = import_module("s2d_deploy.export._trt_files")
 options = import_module("s2d_deploy.export._trt_options")
 package = import_module("s2d_deploy.runtimes._trt_package")
 refusals = import_module("s2d_deploy.export._trt_refusals")
@@ -157,7 +158,7 @@ def test_a_plugin_that_does_not_load_is_named(tmp_path: Path, kind: str) -> None
 @pytest.mark.parametrize("opset", [20, 25])
 def test_another_opset_is_refused(tmp_path: Path, opset: int) -> None:
     with pytest.raises(ArtifactError, match=rf"opset {opset}\. Expected: 21 to 24"):
-        dialect.require_opset(network(opset=opset), tmp_path / "network.onnx")
+        files.require_opset(network(opset=opset), tmp_path / "network.onnx")
 
 
 def test_scales_along_the_sum_are_refused() -> None:

@@ -26,6 +26,7 @@ from s2d_deploy.registry import load_exporter
 
 attention = import_module("s2d_deploy.export._trt_attention")
 compute = import_module("s2d_deploy.export._trt_compute")
+files = import_module("s2d_deploy.export._trt_files")
 fp4 = import_module("s2d_deploy.export._trt_fp4")
 package = import_module("s2d_deploy.runtimes._trt_package")
 script = import_module("s2d_deploy.export.to_tensorrt")
@@ -295,3 +296,33 @@ def test_float_attention_in_fp16_is_one_kernel() -> None:
     ops = built("fp32", compute="fp16").info["audit"]["ops"]
     assert {op["precision"] for op in ops} == {"float16"}
     assert all("mha" in op["kernel"] for op in ops if op["name"].endswith((".scores", ".context")))
+
+
+# ---- large files -----------------------------------------------------------------------------------------------
+
+
+@needs_tensorrt
+def test_weights_beside_the_file_build_the_same_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    precision = "nvfp4"
+    engines, types = [], []
+    for name, limit in (("inside", 1 << 30), ("beside", 1 << 12)):
+        monkeypatch.setattr(files, "EXTERNAL_BEYOND", limit)
+        folder = tmp_path / name
+        path = dialect(precision, folder)
+        types.append({v.name: v.type.SerializeToString() for v in onnx.load(path).graph.value_info})
+        assert (folder / "model.onnx.data").exists() == (name == "beside")
+        for _ in range(2):  # what lies there is replaced, not added to
+            artifact = TARGET.build(
+                path,
+                folder,
+                precision=precision,
+                options={"compute_capabilities": ["12.0"], "compress": False, "compute": "fp32"},
+                progress=lambda _: None,
+            )
+        engines.append({k: artifact.info[k] for k in ("audit", "weight_size_bytes", "engine_bytes")})
+    assert types[0] == types[1]
+    # The engine's bytes differ in the numbers that TensorRT gives to its own layers.
+    assert abs(engines[0].pop("engine_bytes") - engines[1].pop("engine_bytes")) < 4096
+    assert engines[0] == engines[1]
+    size = (tmp_path / "beside" / "model.onnx.data").stat().st_size
+    assert size < 1.1 * (tmp_path / "inside" / "model.onnx").stat().st_size

@@ -109,6 +109,38 @@ def test_rungs(precision, rung):
     assert RUNTIME.rung(precision) == rung
 
 
+@pytest.mark.skipif(not package.installed(), reason="TensorRT is not installed")
+def test_the_installed_package_has_what_is_called_on_a_gpu():
+    """The calls themselves need a GPU; that their names exist does not."""
+    module = package.load()
+    names = {
+        "Runtime": ["deserialize_cuda_engine"],
+        "ICudaEngine": ["create_execution_context", "create_engine_inspector", "device_memory_size_v2"],
+        "IExecutionContext": ["set_input_shape", "get_tensor_shape", "set_tensor_address", "execute_async_v3"],
+        "EngineInspector": ["get_engine_information"],
+        "LayerInformationFormat": ["JSON", "ONELINE"],
+    }
+    if module.__name__ == "tensorrt_rtx":
+        names |= {
+            "Runtime": ["deserialize_cuda_engine", "get_engine_validity"],
+            "ICudaEngine": [*names["ICudaEngine"], "create_runtime_config"],
+            "IRuntimeConfig": [
+                "create_runtime_cache",
+                "set_runtime_cache",
+                "cuda_graph_strategy",
+                "dynamic_shapes_kernel_specialization_strategy",
+            ],
+            "IRuntimeCache": ["serialize", "deserialize"],
+            "CudaGraphStrategy": ["WHOLE_GRAPH_CAPTURE"],
+            "DynamicShapesKernelSpecializationStrategy": ["EAGER"],
+            "EngineValidity": ["INVALID"],
+        }
+    missing = [f"{c}.{n}" for c, listed in names.items() for n in listed if not hasattr(getattr(module, c), n)]
+    assert not missing
+    if module.__name__ == "tensorrt_rtx":
+        assert set(session._REMEDIES) == set(module.EngineInvalidityDiagnostics.__members__)
+
+
 # ---- what does not fit -----------------------------------------------------------------------------------------
 
 
