@@ -232,6 +232,19 @@ class Grid:
             granularity = dict(fields.pop("granularity"))
             kinds = {"tensor": PerTensor, "axis": PerAxis, "token": PerToken, "block": PerBlock}
             kinds["token-block"] = PerTokenBlock
+            _require_types(fields, granularity)
             return cls(**fields, granularity=kinds[granularity.pop("kind")](**granularity))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise PlanError(message("not a Grid", found=f"{document!r} ({error})")) from error
+
+
+def _require_types(fields: dict[str, Any], granularity: dict[str, Any]) -> None:
+    """A dataclass takes anything; what was read from a file must be what its annotations say (TypeError)."""
+    integers = {k: v for k, v in fields.items() if k in ("bits", "shift")}
+    integers |= {k: v for k, v in granularity.items() if k != "kind"}
+    flags = {k: v for k, v in fields.items() if k in ("signed", "symmetric", "narrow")}
+    wrong = [k for k, v in integers.items() if type(v) is not int] + [
+        k for k, v in flags.items() if type(v) is not bool
+    ]
+    if wrong or granularity.get("size", 1) < 1:
+        raise TypeError(f"wrong type or value: {', '.join(wrong) or 'size'}")
