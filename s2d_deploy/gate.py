@@ -376,7 +376,8 @@ def paired_finding(first: Any, second: Any, limit: float) -> _Finding:
     elif verdict == "undecided" and drop.drop != limit and drop.hi > drop.lo:
         # Half the interval, and what 80 % of runs take, must fit between the drop and the limit.
         about = drop.n * (0.76 * (drop.hi - drop.lo) / abs(limit - drop.drop)) ** 2
-        text += f"; were the true drop the one seen, about {about:.2g} samples would decide" if about < 1e9 else ""
+        rounded = int(float(f"{about:.2g}")) if about < 1e9 else None
+        text += f"; were the true drop the one seen, about {rounded:,} samples would decide" if rounded else ""
     return _Finding(drop.drop, text, drop.lo, drop.hi, None, verdict, True, least, enough)
 
 

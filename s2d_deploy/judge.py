@@ -94,10 +94,12 @@ def recipe_of(report: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recip
 
 
 def is_report(argument: str) -> bool:
-    """Whether an argument means a finished report (a .json file, or a folder with report.json), not a recipe."""
+    """Whether an argument means a finished run (its folder, or a .json file with results), not a recipe."""
     path = Path(argument)
     try:
-        return (path.suffix == ".json" and path.is_file()) or (path / "report.json").is_file()
+        if path.suffix == ".json" and path.is_file():  # a recipe may be written as JSON, too
+            return b'"results"' in path.read_bytes()
+        return (path / "report.json").is_file()
     except (OSError, ValueError):
         return False
 

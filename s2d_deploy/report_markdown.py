@@ -16,6 +16,7 @@ from s2d_deploy.report_schema import ConditionedLayer, Conditioning, LayerState,
 _SIGNS = {"pass": "✅", "fail": "❌", "undecided": "⚠️"}
 _SPECIAL = re.compile(r"([\\`*_\[\]|#~$!])")
 _LAYERS_SHOWN = 8
+_GATES_SHOWN = 20
 
 
 def to_markdown(report: Report) -> str:
@@ -65,7 +66,15 @@ def _gates(report: Report) -> list[str]:
         for g in words.worst_first(report.gates)
     ]
     header = ["Verdict", "Gate", "Where", "Value", "Limit", "Evidence"]
-    return ["", "## Gates", "", *_table(header, rows, right=(3, 4))]
+    lines = ["", "## Gates"]
+    passed = sum(g.verdict == "pass" for g in report.gates)
+    if len(rows) <= _GATES_SHOWN or not passed:
+        return [*lines, "", *_table(header, rows, right=(3, 4))]
+    # Those that passed stand last, folded: a reader of a pull request looks for the others.
+    if passed < len(rows):
+        lines += ["", *_table(header, rows[: len(rows) - passed], right=(3, 4))]
+    folded = _table(header, rows[len(rows) - passed :], right=(3, 4))
+    return [*lines, "", f"<details><summary>{passed} gates passed</summary>", "", *folded, "", "</details>"]
 
 
 def _results(report: Report) -> list[str]:

@@ -302,6 +302,8 @@ def test_a_report_is_judged_again_by_other_limits(tmp_path: Path):
     assert is_report(str(tmp_path))
     assert is_report(str(tmp_path / "report.json"))
     assert not is_report("digits-vit")
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))
+    assert not is_report(str(tmp_path / "recipe.json"))
     assert not is_report(str(tmp_path / "recipe.yaml"))
     written = write_files(strict, junit=tmp_path / "j.xml", summary=tmp_path / "s.md")
     assert [p.name for p in written] == ["j.xml", "s.md"]

@@ -16,6 +16,7 @@ from report_sample import sample_report
 
 from s2d_deploy.junit import to_junit
 from s2d_deploy.report import to_json, validate
+from s2d_deploy.report_markdown import to_markdown
 
 # element -> (required attributes, further attributes, children, whether text may stand in it)
 RULES: dict[str, tuple[set[str], set[str], set[str], bool]] = {
@@ -86,3 +87,15 @@ def test_every_gate_is_a_case_and_the_undecided_fail() -> None:
     (failure,) = root.iter("failure")
     assert failure.get("type") == "undecided"
     assert "95 % interval of the drop" in str(failure.text)
+
+
+def test_many_gates_are_folded_in_a_pull_request_and_the_others_stand_first() -> None:
+    document = sample(lost=40)
+    few = to_markdown(validate(document))
+    assert "<details>" not in few
+    document["gates"] += [{**document["gates"][0], "target": f"t{i}"} for i in range(20)]
+    many = to_markdown(validate(document))
+    shown, _, folded = many.partition("<details><summary>27 gates passed</summary>\n\n|")
+    assert "accuracy\\_drop | ort w4a4" in shown
+    assert "t19 w8a8" in folded.partition("</details>")[0]
+    assert "pass |" not in shown
