@@ -41,6 +41,7 @@ _PRECISION = {
 }
 _LOW_BIT = ("Int4", "Int8", "FP4E2M1")
 _FP4 = "FP4E2M1"
+_NO_OPERANDS = ("Bool", "Int32", "Int64")  # masks and positions that are fused into a product's kernel
 # Words for types in TensorRT's lists -> their names above; the first that is found counts.
 _WORDS = (
     ("fp4", "FP4E2M1"),
@@ -238,6 +239,7 @@ def _precision(layer: Layer) -> str:
     types = [layer.inputs[0].type if layer.inputs else "", *(t.type for t in operands[:2])]
     if "mha" in layer.name:
         types = [t.type for t in operands]
+    types = [t for t in types if t not in _NO_OPERANDS]
     floats = [t for t in types if t not in _LOW_BIT]
     if floats:
         return _PRECISION.get(floats[0], floats[0].lower() or UNSEEN)

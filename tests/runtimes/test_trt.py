@@ -262,6 +262,36 @@ def test_a_fused_attention_kernel_is_noted():
     assert any("its inner product is not" in note for note in result.notes)
 
 
+def test_a_mask_is_no_operand():
+    mha = line("_gemm_mha_v2", "kgen", "-1,17,16:Half -1,16,17:Half -1,17,17:Bool -1,17,16:Half", "", ["a.scores"])
+    assert audit(mha, ops=[op("a.scores", "float")]).ops[0].precision == "float16"
+
+
+def test_fp4_needs_both_operands():
+    both = line("fc", "gemm", "-1,64:FP4E2M1 -1,4,32,1,4:FP8", "64,64:FP4E2M1 1,4,1,4,32:FP8 1:Float", ["fc"])
+    result = audit(both, ops=[op("fc", "NVFP4")])
+    assert (result.ops[0].precision, result.rung, result.mismatches()) == ("nvfp4", "native", [])
+    assert layers.low_bit_bytes(layers.parse_layers(both)) == 64 * 64 // 2 + 4 * 4 * 32
+    one = line("fc", "gemm", "-1,64:Half", "64,64:FP4E2M1 4,64:FP8", ["fc"])
+    result = audit(one, ops=[op("fc", "NVFP4")])
+    assert (result.ops[0].precision, result.rung) == ("float16", "dequantized")
+    assert [o.name for o in result.mismatches()] == ["fc"]
+
+
+def test_the_listing_names_what_was_fused():
+    fused = line("fc+add", "gemm", "-1,64:Int8", "64,64:Int8", ["fc", "fc.add"], "imma")
+    waiting = line("w", "wait", "", "", [])
+    (entry,) = layers.listing(layers.parse_layers("\n".join([fused, waiting])))
+    assert entry == {
+        "name": "fc+add",
+        "kind": "gemm",
+        "kernel": "imma",
+        "reads": ["Int8"],
+        "writes": [],
+        "nodes": ["fc", "fc.add"],
+    }
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------
 
 
