@@ -395,10 +395,14 @@ def plant_in_ort(artifact: Artifact, truth: Truth) -> None:
     last = kernel.output[0]
     made = [
         helper.make_node("MatMulInteger", operands, [f"{base}.sums"], name=kernel.name),
-        helper.make_node("Clip", [f"{base}.sums", f"{base}.low", f"{base}.high"], [f"{base}.held"], name=f"{base}.clip"),
+        helper.make_node(
+            "Clip", [f"{base}.sums", f"{base}.low", f"{base}.high"], [f"{base}.held"], name=f"{base}.clip"
+        ),
         helper.make_node("Cast", [f"{base}.held"], [f"{base}.float"], name=f"{base}.cast", to=TensorProto.FLOAT),
         helper.make_node("Mul", [left_scale, right_scale], [f"{base}.scale"], name=f"{base}.scales"),
-        helper.make_node("Mul", [f"{base}.float", f"{base}.scale"], [f"{base}.y" if bias else last], name=f"{base}.mul"),
+        helper.make_node(
+            "Mul", [f"{base}.float", f"{base}.scale"], [f"{base}.y" if bias else last], name=f"{base}.mul"
+        ),
     ]
     if bias:
         made.append(helper.make_node("Add", [f"{base}.y", bias], [last], name=f"{base}.add"))

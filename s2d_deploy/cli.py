@@ -431,7 +431,7 @@ def _measure_ops(as_json: bool, path: Path, options: dict[str, Any]) -> None:
 
 def _measure(as_json: bool, options: dict[str, Any], *, bench: bool) -> None:
     from s2d_deploy.deployment import Deployment
-    from s2d_deploy.tables import results_table
+    from s2d_deploy.tables import parity_text, results_table
 
     rows, errors = [], []
     with _opened(**options) as pipeline:
@@ -439,7 +439,7 @@ def _measure(as_json: bool, options: dict[str, Any], *, bench: bool) -> None:
             deployment = Deployment(pipeline, section)
             rows += deployment.rows(bench=bench)
             errors += deployment.errors
-    _print(rows, as_json, lambda: click.echo(results_table(rows)))
+    _print(rows, as_json, lambda: click.echo(results_table(rows) + parity_text(rows)))
     _say_errors(errors)
     if not errors and not any(row["status"] == "measured" for row in rows):
         click.echo("error: nothing could be run here; the reasons stand above, in `reason` with --json", err=True)

@@ -55,16 +55,16 @@ def self_consistency(
     if sizes is None:
         sizes = sorted({1, max(1, count // 2), max(1, count - 1)} - {count})
     base, codes = session.run(feeds)[output], session.codes(feeds)
-    found = [_compare("run again", base, session.run(feeds)[output], codes, session.codes(feeds), count)]
+    found = [_compare("run again", base, session.run(feeds)[output], codes, session.codes(feeds))]
     for size in sizes:
         pieces = [{n: a[i : i + size] for n, a in feeds.items()} for i in range(0, count, size)]
-        found.append(_pieces(f"batches of {size}", session, pieces, output, base, codes, count))
+        found.append(_pieces(f"batches of {size}", session, pieces, output, base, codes))
     if count > 1:
         turned = {n: np.ascontiguousarray(a[::-1]) for n, a in feeds.items()}
         shown = {site: _turned(c, count) for site, c in session.codes(turned).items()}
-        found.append(_compare("in reverse order", base, session.run(turned)[output][::-1], codes, shown, count))
+        found.append(_compare("in reverse order", base, session.run(turned)[output][::-1], codes, shown))
     if second is not None:
-        found.append(_compare("second build", base, second.run(feeds)[output], codes, second.codes(feeds), count))
+        found.append(_compare("second build", base, second.run(feeds)[output], codes, second.codes(feeds)))
     return found
 
 
@@ -85,17 +85,14 @@ def _pieces(
     output: str,
     base: Array,
     codes: Mapping[str, Array],
-    count: int,
 ) -> Agreement:
     results = np.concatenate([session.run(p)[output] for p in pieces])
     shown = [session.codes(p) for p in pieces] if codes else []
     joined = {site: np.concatenate([s[site] for s in shown]) for site in codes}
-    return _compare(what, base, results, codes, joined, count)
+    return _compare(what, base, results, codes, joined)
 
 
-def _compare(
-    what: str, base: Array, other: Array, codes: Mapping[str, Array], shown: Mapping[str, Array], count: int
-) -> Agreement:
+def _compare(what: str, base: Array, other: Array, codes: Mapping[str, Array], shown: Mapping[str, Array]) -> Agreement:
     size = max(float(np.abs(base).max()), 1e-30) if base.size else 1.0
     checked = different = 0
     for site, wanted in codes.items():

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,14 @@ from s2d_deploy.plan import Plan
 from s2d_deploy.precision import BASELINE
 from s2d_deploy.recipe import TargetSection
 from s2d_deploy.registry import load_runtime, load_target
-from s2d_deploy.session import Artifact, RemoteRuntime, Runtime
+from s2d_deploy.session import Artifact, Progress, RemoteRuntime, Runtime, Session
 from s2d_deploy.store import Stage
+from s2d_deploy.verification import FOLDER, examine
 from s2d_deploy.verify import end_to_end_codes, teacher_forced
 
 log = logging.getLogger(__name__)
+
+_QUICK_BUILD_SECONDS = 20.0  # a build that takes longer is not made a second time to see whether it comes out the same
 
 Row = dict[str, Any]
 
@@ -57,6 +61,7 @@ class Deployment:
     def __init__(self, pipeline: Pipeline, section: TargetSection) -> None:
         self.pipeline, self.section = pipeline, section
         self.errors: list[Exception] = []
+        self._makers: dict[str, Callable[[Path, Progress], Artifact]] = {}
         self.target = load_target(section.name)
         # Stages of what ran elsewhere stand beside those of what ran here.
         self.place = section.name + (re.sub(r"[^A-Za-z0-9.]+", "-", f"@{section.device}") if section.device else "")
@@ -92,12 +97,19 @@ class Deployment:
                 version=self._version(),
             )  # fmt: skip
 
-        def work(folder: Path, step: Step) -> dict[str, Any]:
+        def write(folder: Path) -> Path:
             model = common.folder / "model.onnx"
-            dialect = write_dialect(self.target, model, folder, precision=precision, options=asked, placement=placement)
+            return write_dialect(self.target, model, folder, precision=precision, options=asked, placement=placement)
+
+        def make(folder: Path, progress: Progress) -> Artifact:
+            return self.target.build(write(folder), folder, precision=precision, options=options, progress=progress)
+
+        self._makers[precision] = make
+
+        def work(folder: Path, step: Step) -> dict[str, Any]:
             if not build:
-                return {"dialect": dialect.name}
-            artifact = self.target.build(dialect, folder, precision=precision, options=options, progress=step)
+                return {"dialect": write(folder).name}
+            artifact = make(folder, step)
             step.note = f"{artifact.size_bytes / 1024:.0f} KiB"
             return {"files": artifact.files, "info": artifact.info, "size_bytes": artifact.size_bytes}
 
@@ -110,6 +122,14 @@ class Deployment:
         if placement is not None:
             key["placement"] = placement.sha256
         return self.pipeline._stage(f"{stage}/{self.section.name}/{precision}", key, work)
+
+    @contextmanager
+    def _second_build(self, precision: str) -> Iterator[Session]:
+        """A session of the artifact, built once more."""
+        with tempfile.TemporaryDirectory() as folder:
+            artifact = self._makers[precision](Path(folder), lambda _text: None)
+            with self.runtime.open(artifact, threads=self.pipeline.recipe.bench.threads) as session:
+                yield session
 
     def artifact(self, precision: str) -> Artifact:
         """The built artifact."""
@@ -151,6 +171,27 @@ class Deployment:
                     step("codes end to end")
                     groups = [index[i : i + size] for i in range(0, samples, size)]
                     parity |= end_to_end_codes(session, simulated, (pipeline.data.test.load(g) for g in groups))
+                    parity["samples_compared"] = samples
+                    quick = float(self.export(precision).manifest.get("seconds", 0.0)) < _QUICK_BUILD_SECONDS
+                    parity |= examine(
+                        session,
+                        pipeline.quantized_model(precision),
+                        simulated,
+                        plan,
+                        pipeline.onnx(precision).folder / "model.onnx",
+                        pipeline.data.test.load,
+                        {"float": pipeline.simulated_outputs(BASELINE), "simulated": wanted, "runtime": output},
+                        name,
+                        folder,
+                        counts=parity,
+                        samples=samples,
+                        batch_size=size,
+                        metric=lambda some: pipeline.score_first(some).value,
+                        second=(lambda: self._second_build(precision)) if quick else None,
+                        step=step,
+                    )
+                    if "reproducer" in parity.get("explanation", {}):
+                        parity["explanation"]["reproducer"] = f"verify/{self.place}/{precision}/{FOLDER}"
             np.savez(folder / "outputs.npz", output=output)
             measured = pipeline.score(output)
             step.note = f"measured {measured.value:.2f}; {_parity_words(parity)}"
@@ -167,6 +208,7 @@ class Deployment:
             "export": self.export(precision).sha256,
             "quantize": pipeline.quantize(precision).identity,
             "verify": recipe.verify.model_dump(),
+            "examined": 1,
             "threads": recipe.bench.threads,
             "runtime": self.runtime.version(),
             "device": self.runtime.device(),

@@ -1,10 +1,10 @@
 """The error budget: how error grows with depth, predicted from each layer alone, and what a sound runtime may show.
 
-**Quantization.** Each op's own error (its output through its grids, minus its output, on float operands) is put into the
-float model at every op at once, a fraction `STEP` of it with a random sign for each op, and what arrives behind every op
-is measured. That is the first-order prediction ``sum_j J_oj e_j`` with independent errors: with random signs its power
-is, on average, the sum of the powers of the ops' own contributions. Where the prediction and the simulation part, errors
-are not independent (they cancel, or are clipped), or not small.
+**Quantization.** Each op's own error (its output through its grids, minus its output, on float operands) is put into
+the float model at every op at once, a fraction `STEP` of it with a random sign for each op, and what arrives behind
+every op is measured. That is the first-order prediction ``sum_j J_oj e_j`` with independent errors: with random signs
+its power is, on average, the sum of the powers of the ops' own contributions. Where the prediction and the simulation
+part, errors are not independent (they cancel, or are clipped), or not small.
 
 **Hardware.** A runtime whose every float operator is right to FP32 still rounds otherwise. A value with noise of a
 standard deviation d (in codes; FP32 against FP64, measured at each site) is flipped with the probability

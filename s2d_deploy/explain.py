@@ -30,7 +30,7 @@ from s2d_deploy.errors import S2DDeployError, UnsupportedError
 from s2d_deploy.fake_quant import FakeQuantizer
 from s2d_deploy.forced import Forced, View, reached_by
 from s2d_deploy.input_faults import classify_input
-from s2d_deploy.op_faults import OUTPUT, Segment, accumulator_unit, classify_op, output_target
+from s2d_deploy.op_faults import OUTPUT, Segment, accumulator_unit, classify_op, common_factor, output_target
 from s2d_deploy.plan import Op, Plan
 from s2d_deploy.probing import Described, QuantizerProbe, TapCheck, probe_values
 from s2d_deploy.quantizer_faults import QuantizerFault, classify_quantizer, wrong_codes
@@ -61,6 +61,8 @@ class Finding:
         detail: in words.
         evidence: how it was found.
         confirmed: the simulation with this cause built in makes the runtime's codes.
+        also: other ops where the same cause would have made the same codes: nothing that this runtime shows tells
+            them apart (a product and the quantizer right behind it, in one kernel).
     """
 
     cause: str
@@ -69,6 +71,7 @@ class Finding:
     detail: str
     evidence: str
     confirmed: bool = False
+    also: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -250,7 +253,10 @@ class Explainer:
             name
             for name in self.plan.sites
             if name != site
-            and ((source is not None and self.sources.get(name) == source) or (shown is not None and self.codes.get(name) is shown))
+            and (
+                (source is not None and self.sources.get(name) == source)
+                or (shown is not None and self.codes.get(name) is shown)
+            )
         ]
 
     def _through_the_model(self, site: str, x: Array) -> tuple[Array, Array] | None:
@@ -278,16 +284,30 @@ class Explainer:
                     "the digest in the artifact",
                     confirmed=True,
                 )
-        stored = [op for op in self.plan.ops.values() if op.kind in ("linear", "conv") and f"{op.name}.weight" in self.plan.sites]
+        stored = [
+            op
+            for op in self.plan.ops.values()
+            if op.kind in ("linear", "conv") and f"{op.name}.weight" in self.plan.sites
+        ]
         other = [n for n, fault in self.accumulators.items() if fault.cause == "wrong-weights"]
         if len(stored) > 2 and len(other) > _FEW * len(stored):
             return Finding(
-                "stale-artifact", "*", None, f"{len(other)} of {len(stored)} layers multiply other weights", "accumulators", confirmed=True
+                "stale-artifact",
+                "*",
+                None,
+                f"{len(other)} of {len(stored)} layers multiply other weights",
+                "accumulators",
+                confirmed=True,
             )
         scales = [n for n, fault in self.quantizers.items() if fault.cause in ("wrong-scale", "wrong-zero-point")]
         if len(self.sound) + len(self.quantizers) > 2 and len(scales) > _FEW * (len(self.sound) + len(self.quantizers)):
             return Finding(
-                "stale-artifact", "*", None, f"{len(scales)} quantizers have other scales", "quantizers run alone", confirmed=True
+                "stale-artifact",
+                "*",
+                None,
+                f"{len(scales)} quantizers have other scales",
+                "quantizers run alone",
+                confirmed=True,
             )
         return None
 
@@ -374,7 +394,13 @@ class Explainer:
         for site in [n for n, s in self.plan.sites.items() if s.role != "weight" and n not in self.codes]:
             self.forced.passed.add(site)
             found.findings.append(
-                Finding("fallback", self.plan.sites[site].op, site, "the artifact quantizes nothing here", "codes that it shows")
+                Finding(
+                    "fallback",
+                    self.plan.sites[site].op,
+                    site,
+                    "the artifact quantizes nothing here",
+                    "codes that it shows",
+                )
             )
         for _ in range(_FAULTS):
             found.sites, view = self._pass(found)
@@ -422,8 +448,10 @@ class Explainer:
             return True
         if view is not None and site not in self.sound and site not in self.forced.quantizers:
             fault = classify_quantizer(view, self.tolerance.get(site, _FLOOR))
-            if fault is not None and self._is_quantizer(found, candidates, site, fault):
-                self._add_quantizer(found, site, fault, "codes behind the values that the simulation has in front of it")
+            if fault is not None and self._is_quantizer(candidates, site, fault):
+                also = () if fault.factor is None else self._same_by_product(found, candidates, site)
+                text = "codes behind the values that the simulation has in front of it"
+                self._add_quantizer(found, site, fault, text, also)
                 return True
         for op in candidates:
             if op in self.forced.products:
@@ -443,25 +471,37 @@ class Explainer:
             if given is not None:
                 found.batch = given.batch
                 self._fitted.append("input")
-                found.findings.append(Finding("preprocessing", "input", site, given.detail, "the first codes of the model"))
+                found.findings.append(
+                    Finding("preprocessing", "input", site, given.detail, "the first codes of the model")
+                )
                 return True
         return False
 
-    def _is_quantizer(self, found: Explanation, candidates: list[str], site: str, fault: QuantizerFault) -> bool:
-        """A wrong scale in front of a quantizer may look like a wrong scale in it: whichever explains it exactly."""
-        if fault.cause != "wrong-scale":
-            return fault.cause != "swapped-axis" or not candidates
-        return bool(candidates) or bool(self._reach.get(site))
+    def _is_quantizer(self, candidates: list[str], site: str, fault: QuantizerFault) -> bool:
+        """Codes in another order behind a product are the product's; a scale with nothing before it, the input's."""
+        if fault.cause == "swapped-axis":
+            return not candidates
+        return fault.cause != "wrong-scale" or bool(candidates) or bool(self._reach.get(site))
+
+    def _same_by_product(self, found: Explanation, candidates: list[str], site: str) -> tuple[str, ...]:
+        """Products whose wrong scale would have made the same codes as the quantizer's."""
+        segment = self._segment(found, site)
+        return tuple(op for op in candidates if common_factor(segment, op) is not None)
 
     def _segment(self, found: Explanation, site: str) -> Segment:
         tolerance = self.tolerance.get(site, _FLOOR) + self._slack()
         return Segment(self.forced, found.batch or self.batch, self.codes, self.output, self.shown, site, tolerance)
 
-    def _add_quantizer(self, found: Explanation, site: str, fault: QuantizerFault, evidence: str) -> None:
+    def _add_quantizer(
+        self, found: Explanation, site: str, fault: QuantizerFault, evidence: str, also: tuple[str, ...] = ()
+    ) -> None:
         for name in (site, *self._sharing(site)):
             self.quantizers[name] = fault
             self.forced.quantizers[name] = fault.codes
-        found.findings.append(Finding(fault.cause, self.plan.sites[site].op, site, fault.detail, evidence))
+        detail = fault.detail
+        if also:
+            detail += f" (or the result of {', '.join(also)} is off by its inverse: these codes cannot tell)"
+        found.findings.append(Finding(fault.cause, self.plan.sites[site].op, site, detail, evidence, also=also))
 
     def _use_accumulators(self, op: str) -> None:
         """From now on the op's product is what the runtime's kernel accumulates, times the plan's scales."""
@@ -487,19 +527,38 @@ class Explainer:
         share = row["wrong"] / max(row["checked"], 1)
         ops = self._candidates(found, site)
         layer = ops[-1] if ops else (self.plan.sites[site].op if view is not None else OUTPUT)
-        largest = float((view.codes() - view.theirs).abs().max()) if view is not None and view.theirs is not None else 0.0
+        largest = (
+            float((view.codes() - view.theirs).abs().max()) if view is not None and view.theirs is not None else 0.0
+        )
         if view is not None and largest <= 1 and share < 0.05:
             text = f"values in front of {site} differ by more than rounding explains ({share:.2%} of its codes, by one)"
             return Finding("float-operators", layer, site, text, "the forced pass; no hypothesis fits")
         if not self._reach.get(site):
-            return Finding("preprocessing", "input", site, "another input, in a way not known here", "no product lies before it")
-        return Finding("unknown", layer, site, f"{share:.1%} of its codes are wrong; no hypothesis fits", "the forced pass")
+            return Finding(
+                "preprocessing", "input", site, "another input, in a way not known here", "no product lies before it"
+            )
+        return Finding(
+            "unknown", layer, site, f"{share:.1%} of its codes are wrong; no hypothesis fits", "the forced pass"
+        )
 
     # ---- the end --------------------------------------------------------------------------------------------
 
     def _without_codes(self, found: Explanation) -> None:
+        """Nothing to force: accumulators, and the output of both simulations beside the runtime's."""
         for op, fault in self.accumulators.items():
-            found.findings.append(Finding(fault.cause, op, None, fault.detail, "teacher-forced accumulators", fault.exact))
+            evidence = "teacher-forced accumulators"
+            found.findings.append(Finding(fault.cause, op, None, fault.detail, evidence, fault.exact))
+        single = Forced(self.simulated, self.plan, torch.float32).run(self.batch, self.output)
+        double = self.forced.run(self.batch, self.output)
+        if single is None or double is None or any(s.role != "weight" for s in self.plan.sites.values()):
+            return  # with quantized activations, flips that nobody shows may move the output by any amount
+        unit = max(float(self.shown.std()), 1e-12) / 127.0
+        tolerance = NOISE * float((single - double).abs().max()) / unit + 10 * _FLOOR
+        wrong = int(output_target(double, self.shown, tolerance).wrong(0.0).sum())
+        if wrong and not found.findings:
+            share = wrong / self.shown.numel()
+            text = f"{share:.1%} of the output is not the simulation's; the runtime shows no codes to look further"
+            found.findings.append(Finding("unknown", OUTPUT, None, text, "the output alone"))
 
     def _leftovers(self, found: Explanation) -> None:
         """What was seen directly, but changed no code of these samples."""
@@ -508,19 +567,27 @@ class Explainer:
         named = {f.layer for f in found.findings}
         for op, fault in self.accumulators.items():
             if op not in named:
-                found.findings.append(Finding(fault.cause, op, None, fault.detail, "teacher-forced accumulators", fault.exact))
+                found.findings.append(
+                    Finding(fault.cause, op, None, fault.detail, "teacher-forced accumulators", fault.exact)
+                )
         done = {s for f in found.findings if f.site for s in (f.site, *self._sharing(f.site))}
         for site, quantizer in self.quantizers.items():
             if site not in done and site not in self.forced.quantizers:
                 op = self.plan.sites[site].op
-                found.findings.append(Finding(quantizer.cause, op, site, quantizer.detail, "the quantizer run alone", True))
+                found.findings.append(
+                    Finding(quantizer.cause, op, site, quantizer.detail, "the quantizer run alone", True)
+                )
                 done |= {site, *self._sharing(site)}
         named = {f.layer for f in found.findings}
         executed = {op.name: op for op in self._audit_mismatches()}
         for op in dict.fromkeys([*self.refused, *executed]):
             if op not in named:
                 how = executed.get(op)
-                text = f"runs in {how.precision} ({how.kernel}), declared {how.declared}" if how else "has no integer kernel in the artifact"
+                text = (
+                    f"runs in {how.precision} ({how.kernel}), declared {how.declared}"
+                    if how
+                    else "has no integer kernel in the artifact"
+                )
                 found.findings.append(Finding("fallback", op, None, text, "the audit of the artifact", True))
 
     def _audit_mismatches(self) -> list[Any]:

@@ -4,12 +4,13 @@ A chain of stand-ins leads from the float model's output F to the runtime's H, o
 
     F -> simulation -> with each fault that was found, in the order found -> forced through the runtime's codes -> H
 
-The steps are *quantization* (what the plan costs), one for each fault (wrong scale, saturation, fallback, preprocessing,
-...), *rounding* (codes that float operators flipped at boundaries, and everything that follows from them) and *float
-operators* (what the runtime's operators do behind the last quantizer, and whatever no cause was found for).
+The steps are *quantization* (what the plan costs), one for each fault (wrong scale, saturation, fallback,
+preprocessing, ...), *rounding* (codes that float operators flipped at boundaries, and everything that follows from
+them) and *float operators* (what the runtime's operators do behind the last quantizer, and whatever no cause was found
+for).
 
-The steps d_i of the output add up to H - F exactly. Their powers do not, so the share of a step is its projection on the
-whole gap, ``<d_i, H - F> / |H - F|^2``: shares add up to 1, and one that works against the others is negative. The
+The steps d_i of the output add up to H - F exactly. Their powers do not, so the share of a step is its projection on
+the whole gap, ``<d_i, H - F> / |H - F|^2``: shares add up to 1, and one that works against the others is negative. The
 metric's steps are differences, so they add up to the metric's gap.
 """
 
@@ -160,7 +161,11 @@ def chain(
                 used.add(op)
                 added = True
         for site, change in corrections.quantizers.items():
-            if site not in used and finding.site is not None and explainer.quantizers.get(site) is explainer.quantizers.get(finding.site):
+            if (
+                site not in used
+                and finding.site is not None
+                and explainer.quantizers.get(site) is explainer.quantizers.get(finding.site)
+            ):
                 forced.quantizers[site] = change
                 used.add(site)
                 added = True

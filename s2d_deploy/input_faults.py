@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s2d_deploy.data import Batch
 from s2d_deploy.op_faults import Segment
 
 

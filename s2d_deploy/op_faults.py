@@ -151,12 +151,24 @@ def classify_op(segment: Segment, op: str, *, refused: bool) -> OpFault | None:
     return None
 
 
+def common_factor(segment: Segment, op: str) -> float | None:
+    """The factor of `op`'s product that explains the codes as a quantizer's scale would; None where none does."""
+    with torch.no_grad():
+        before = int(segment.target().wrong(0.0).sum())
+        factor = _factor(segment, op, None)
+        if factor is None or int(segment.target({op: _times(factor)}).wrong(1e-6).sum()) > _LEFT * before:
+            return None
+        return factor
+
+
 def _hypotheses(segment: Segment, op: str, refused: bool) -> Iterator[OpFault]:
     forced, plan = segment.forced, segment.forced.plan
     stored = op in forced.float_weights
     if stored and refused:
         weight = forced.float_weights[op]
-        yield OpFault("fallback", op, "runs in float, with the weights before quantization", multiply_by(forced, op, weight))
+        yield OpFault(
+            "fallback", op, "runs in float, with the weights before quantization", multiply_by(forced, op, weight)
+        )
     factor = _factor(segment, op, None)
     if factor is not None:
         yield OpFault("wrong-scale", op, f"its result is {factor:.6g} times the plan's", _times(factor))
@@ -180,9 +192,7 @@ def _factor(segment: Segment, op: str, only: Tensor | None, start: float = 1.0) 
     return found if found is not None and abs(found - 1.0) > 1e-5 else None
 
 
-def _parameter(
-    segment: Segment, op: str, make: Callable[[float], Product], start: float, small: float
-) -> float | None:
+def _parameter(segment: Segment, op: str, make: Callable[[float], Product], start: float, small: float) -> float | None:
     """The number that the codes agree on: least squares to come near, then the value that most codes allow."""
     value = start
     for step in range(8):
@@ -240,7 +250,9 @@ def _axes(forced: Forced, op: str) -> Iterator[OpFault]:
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         return
     if weight.shape[0] == weight.shape[1]:
-        scale = forced.plan.sites[f"{op}.weight"].scale.to(weight.dtype) if f"{op}.weight" in forced.plan.sites else None
+        scale = (
+            forced.plan.sites[f"{op}.weight"].scale.to(weight.dtype) if f"{op}.weight" in forced.plan.sites else None
+        )
         if scale is not None and scale.numel() == weight.shape[0]:
             turned = weight / scale.reshape(-1, 1) * scale.reshape(1, -1)
             text = "the weight's scales lie along the inner dimension, not along the output channels"

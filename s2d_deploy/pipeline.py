@@ -169,6 +169,19 @@ class Pipeline:
         reference = self._reference if self._scored_by_reference else output
         return score(self.recipe.model.task, output, reference, self.data.test.labels, self._mask)
 
+    def score_first(self, output: Array) -> Score:
+        """Score outputs on as many samples of the test split, from the first on."""
+        n = len(output)
+        reference = self._reference[:n] if self._scored_by_reference else output
+        labels, mask = self.data.test.labels, self._mask
+        return score(
+            self.recipe.model.task,
+            output,
+            reference,
+            None if labels is None else labels[:n],
+            None if mask is None else mask[:n],
+        )
+
     @property
     def _scored_by_reference(self) -> bool:
         """Labels judge a classifier; everything else is compared with the float model."""

@@ -87,7 +87,8 @@ def _hypotheses(view: View, tolerance: float) -> Iterator[QuantizerFault]:
     if low > float(own.min()) or high < float(own.max()):
         yield QuantizerFault(
             "saturation",
-            f"codes saturate at {low:.0f} and {high:.0f}, the plan's at {float(own.min()):.0f} and {float(own.max()):.0f}",
+            f"codes saturate at {low:.0f} and {high:.0f}, the plan's at "
+            f"{float(own.min()):.0f} and {float(own.max()):.0f}",
             lambda v, a=low, b=high: v.codes().clamp(a, b),  # type: ignore[misc]
         )
     for name, rounded in _ROUNDINGS.items():

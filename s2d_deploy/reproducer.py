@@ -55,14 +55,14 @@ import numpy as np
 result = np.load("result.npz")
 got = result["got"]
 '''
-_COMPARE = '''\
+_COMPARE = """\
 expected = result["expected"]
 off = np.abs(got - expected) > 1e-4 * np.abs(expected).max()
 print(f"{off.sum():,} of {off.size:,} values differ, the largest by {np.abs(got - expected).max():.6g}")
 for place in np.argwhere(off)[:5]:
     print(f"at {tuple(int(i) for i in place)}: expected {expected[tuple(place)]:.6g}, got {got[tuple(place)]:.6g}")
 raise SystemExit(int(off.any()))
-'''
+"""
 
 
 def write_reproducer(folder: Path, explainer: Explainer, finding: Finding, values: dict[str, OpValue]) -> Path:
@@ -200,5 +200,7 @@ def _shown(explainer: Explainer, finding: Finding) -> tuple[Array, Array]:
         (left, _), (right, role) = plan_op.sites
         given = None if role == "weight" else explainer.codes[right]
         want = expected_accumulator(explainer.simulated, explainer.plan, plan_op, codes, weights)
-        return want.astype(np.float64), explainer.session.accumulate(op, explainer.codes[left], given).astype(np.float64)
+        return want.astype(np.float64), explainer.session.accumulate(op, explainer.codes[left], given).astype(
+            np.float64
+        )
     raise UnsupportedError(message(f"{op}: nothing to show of {finding.cause}"))

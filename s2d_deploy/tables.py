@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from s2d_deploy.parity_words import words
+
 MANY_GATES = 20
 DASH = "–"
 
@@ -212,3 +214,13 @@ def _text(table: Table) -> str:
         file=buffer, width=150, highlight=False, markup=False, emoji=False, force_terminal=False, color_system=None
     ).print(table)
     return buffer.getvalue()
+
+
+def parity_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the verification of each result found, in sentences; "" where nothing was examined."""
+    lines: list[str] = []
+    for row in rows:
+        found = words(row.get("parity") or {})
+        if found:
+            lines += ["", f"{row['target']} {row['precision']}", *found]
+    return "\n".join([*lines, ""]) if lines else ""
