@@ -1,4 +1,4 @@
-"""Why ONNX Runtime refuses a model, in a sentence: its own texts name C++ functions, these the operator and a way out."""
+"""Why ONNX Runtime refuses a model, in a sentence: its texts name C++ functions, these the operator and a way out."""
 
 from __future__ import annotations
 
