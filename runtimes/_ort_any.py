@@ -25,6 +25,7 @@ from s2d_deploy.session import Array
 
 from ._ort_audit import FLOAT_KERNELS, INTEGER_KERNELS, find_kernel
 from ._ort_layers import ATTENTIONS, INT8_LEVEL, NBITS, UNCOUNTED, Layer, bad_scales, integer, layers_of, macs_of, named
+from ._ort_loading import PLACED
 from ._ort_profile import Event, Profile, profiled
 from ._ort_providers import CPU, asked_for, short_name
 
@@ -326,6 +327,8 @@ def _difference(layer: Layer, kernel: onnx.NodeProto | None, executed: str, prov
     if executed == "unseen":
         return "what executes it cannot be seen" if layer.declared != "float" else ""
     if integer(layer.declared) and executed != "int8":
+        if metadata(layer.node).get(PLACED) == "float":
+            return f"declared {layer.declared}, kept in float by the placement search that it was built with"
         why = f"; {layer.problem}" if layer.problem else ""
         return f"declared {layer.declared}, computed in {executed} by {name} from dequantized values{why}"
     if layer.problem and executed == "int8":

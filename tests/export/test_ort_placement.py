@@ -113,6 +113,10 @@ def test_the_float_form_rounds_no_activation(tmp_path):
         with pytest.raises(UnsupportedError, match="does not run on integers"):
             session.accumulate("fc", np.zeros((1, 24), np.int8))
         audit = session.audit()
+    foreign = RUNTIME.audit_file(tmp_path / "made" / "model.onnx", shapes={}, options={}, threads=1)
+    assert [row["differs"] for row in foreign["layers"]] == [
+        "declared W8A8, kept in float by the placement search that it was built with"
+    ]
     assert audit.executed == {"float32": 1.0}
     assert audit.rung == "float"
     assert [op.name for op in audit.mismatches()] == ["fc"]
