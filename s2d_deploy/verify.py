@@ -6,14 +6,17 @@ integer product bit for bit. End to end: the same float inputs; codes that diffe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from s2d_deploy.data import Batch
 from s2d_deploy.errors import UnsupportedError
+from s2d_deploy.forced import Forced, View
 from s2d_deploy.grid import PerBlock, PerToken
 from s2d_deploy.integer import integer_conv2d, integer_matmul
 from s2d_deploy.parity import compare_accumulators, compare_codes
@@ -64,7 +67,7 @@ def expected_accumulator(
             weights[right],
             zero,
             stride=_pair(conv.stride),
-            padding=_pair(conv.padding) * 2,  # top, left, bottom, right
+            padding=_padding(conv),
             dilation=_pair(conv.dilation),
             groups=conv.groups,
         )
@@ -131,27 +134,51 @@ def end_to_end_codes(session: Session, simulated: nn.Module, batches: Iterable[B
     """Compare codes site by site on the same float inputs.
 
     Returns:
-        ``{codes_checked, codes_different, sites: [...]}``; empty where the runtime cannot show its codes.
+        ``{codes_checked, codes_different, sites: [...]}``; empty where the runtime cannot show its codes. A site's row
+        has ``snr_db``: of its values, the simulation's against the runtime's; None where none differs.
+
+    Raises:
+        DataError: the shapes of a site's codes differ; it is named.
     """
     totals: dict[str, dict[str, Any]] = {}
+    powers: dict[str, list[float]] = {}
+    simulation = Forced(simulated, Plan("simulation"), torch.float32)
     for batch in batches:
         shown = session.codes({name: tensor.numpy() for name, tensor in batch.items()})
         if not shown:
             return {}
-        with recorded_codes(simulated) as codes:
-            simulated(**batch)
-        comparison = compare_codes({name: c.numpy() for name, c in codes.items()}, shown)
-        for row in comparison.to_dict():
-            total = totals.setdefault(row["site"], row | {"checked": 0, "different": 0, "largest": 0})
-            total["checked"] += row["checked"]
-            total["different"] += row["different"]
-            total["largest"] = max(total["largest"], row["largest"])
+
+        def see(view: View, shown: Mapping[str, Array] = shown) -> None:
+            if view.site in shown:
+                _count(totals, powers, view, shown[view.site])
+
+        with torch.no_grad():
+            simulation.run(batch, None, None, see)
+    for site, (signal, noise) in powers.items():
+        totals[site]["snr_db"] = 10.0 * math.log10(signal / noise) if signal and noise else None
     rows = list(totals.values())
     return {
         "codes_checked": sum(r["checked"] for r in rows),
         "codes_different": sum(r["different"] for r in rows),
         "sites": rows,
     }
+
+
+def _count(totals: dict[str, dict[str, Any]], powers: dict[str, list[float]], view: View, shown: Array) -> None:
+    codes = view.codes().numpy().astype(np.int8 if view.quantizer.grid.signed else np.uint8)
+    # One byte each: equal arrays, the rule, are compared at the speed of memory.
+    row: dict[str, Any] = {"site": view.site, "checked": codes.size, "different": 0, "largest": 0}
+    if codes.dtype != shown.dtype or not np.array_equal(codes, shown):
+        row = compare_codes({view.site: codes}, {view.site: shown}).to_dict()[0]
+    total = totals.setdefault(view.site, row | {"checked": 0, "different": 0, "largest": 0})
+    total["checked"] += row["checked"]
+    total["different"] += row["different"]
+    total["largest"] = max(total["largest"], row["largest"])
+    power = powers.setdefault(view.site, [0.0, 0.0])
+    values = view.codes() - view.zero
+    power[0] += float(values.square().sum())
+    if row["different"]:
+        power[1] += float((view.codes() - torch.from_numpy(shown.astype(np.float32))).square().sum())
 
 
 def _zero_point(plan: Plan, site: str) -> int:
@@ -162,7 +189,16 @@ def _codes(plan: Plan, site: str, codes: Mapping[str, Tensor]) -> Array:
     return codes[site].numpy().astype(np.int8 if plan.sites[site].grid.signed else np.uint8)
 
 
+def _padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Pixels at top, left, bottom and right; ``"same"`` puts the odd one last, as torch does."""
+    if conv.padding == "valid":
+        return 0, 0, 0, 0
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(_pair(conv.dilation), _pair(conv.kernel_size), strict=True)]
+        return total[0] // 2, total[1] // 2, total[0] - total[0] // 2, total[1] - total[1] // 2
+    vertical, horizontal = _pair(conv.padding)
+    return vertical, horizontal, vertical, horizontal
+
+
 def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, str):
-        raise TypeError(f"padding {value!r} has no fixed number of pixels")
     return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))

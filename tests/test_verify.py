@@ -257,3 +257,23 @@ def test_batches_add_up(case: Case):
 
 def test_a_runtime_that_shows_no_codes(case: Case):
     assert end_to_end_codes(Faulty(case, codes=lambda _: {}), case.simulated, [case.batch]) == {}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(("padding", "kernel"), [("valid", 3), ("same", 3), ("same", (4, 2)), ((1, 2), 3)])
+def test_expected_accumulators_of_padded_convolutions(padding, kernel):
+    """`padding` in words means what torch makes of it, also where an even window leaves an odd pixel over."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, kernel, padding=padding)).eval()
+    batch = {"input": torch.randn(2, 2, 6, 7)}
+    ops = discover(model, batch)
+    plan = build_plan(model, ops, calibrate(model, ops, [batch]), "w8a8", QuantizeConfig())
+    simulated = simulate(model, plan).eval()
+    with torch.no_grad(), recorded_codes(simulated) as codes:
+        simulated(**batch)
+    (found,) = expected_accumulators(simulated, plan, codes).values()
+    ((site, _), _) = next(iter(plan.ops.values())).sites
+    lhs = codes[site].double() - plan.sites[site].zero_point.double()
+    (weights,) = weight_codes(simulated).values()
+    expected = torch.nn.functional.conv2d(lhs, weights.double(), padding=padding)
+    assert torch.equal(torch.from_numpy(found).double(), expected)
