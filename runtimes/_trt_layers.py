@@ -240,6 +240,8 @@ def _precision(layer: Layer) -> str:
     if "mha" in layer.name:
         types = [t.type for t in operands]
     types = [t for t in types if t not in _NO_OPERANDS]
+    if not any(types):
+        return UNSEEN
     floats = [t for t in types if t not in _LOW_BIT]
     if floats:
         return _PRECISION.get(floats[0], floats[0].lower() or UNSEEN)
