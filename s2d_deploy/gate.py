@@ -353,6 +353,9 @@ def _accuracy_drop(result: Mapping[str, Any], _: Any, limit: float) -> _Finding 
     if not falls:
         first, second = second, first
     found = paired_finding(first, second, limit)
+    if found.value is not None and not math.isclose(found.value, value, rel_tol=1e-6, abs_tol=1e-6):
+        text += f"; the samples' own drop is {found.value:.6g}, not {value:.6g}"
+        return _Finding(value, f"{text}: they are not those of these figures", verdict="undecided")
     return replace(found, value=value if found.verdict is None else None, evidence=f"{text}; {found.evidence}")
 
 

@@ -182,6 +182,14 @@ def test_per_sample_lists_that_do_not_fit_are_undecided():
     assert "per-sample results do not fit: paired samples of shapes (999,) and (1000,)" in row.evidence
 
 
+def test_samples_of_another_run_decide_nothing():
+    stale = paired(3, 0)
+    stale["metric"]["measured"] -= 0.05
+    row = only(evaluate([stale], GateLimits(accuracy_drop=0.5)), "accuracy_drop")
+    assert row.verdict == "undecided"
+    assert row.evidence.endswith("the samples' own drop is 0.003, not 0.053: they are not those of these figures")
+
+
 def test_a_metric_where_less_is_better():
     worse = result(metric={"name": "loss", "float": 1.0, "measured": 1.2, "higher_is_better": False})
     row = only(evaluate([worse], GateLimits(accuracy_drop=0.1, decide_by="point")), "accuracy_drop")
