@@ -45,6 +45,7 @@ class View:
         u: `x` over the scale: in codes, without the zero point.
         zero: the zero point.
         theirs: the runtime's codes as floats of the shape of `x`; None where it shows none.
+        own: the plan's codes, where they were asked for.
     """
 
     site: str
@@ -53,11 +54,16 @@ class View:
     u: Tensor
     zero: float
     theirs: Tensor | None
+    own: Tensor | None = None
 
     def codes(self, u: Tensor | None = None) -> Tensor:
-        """The plan's codes of `u` (of the view's own by default)."""
+        """The plan's codes of `u` (of the view's own by default, which are computed once)."""
         grid = self.quantizer.grid
-        return (torch.round(self.u if u is None else u) + self.zero).clamp(grid.qmin, grid.qmax)
+        if u is not None:
+            return (torch.round(u) + self.zero).clamp(grid.qmin, grid.qmax)
+        if self.own is None:
+            self.own = torch.round(self.u).add_(self.zero).clamp_(grid.qmin, grid.qmax)
+        return self.own
 
     @property
     def inside(self) -> Tensor:
@@ -115,7 +121,7 @@ class Forced:
     def run(
         self,
         batch: Batch,
-        output: str,
+        output: str | None,
         codes: Mapping[str, Array] | None = None,
         see: Callable[[View], None] | None = None,
         until: str | None = None,
@@ -124,20 +130,23 @@ class Forced:
 
         Args:
             batch: float inputs are taken to the pass's dtype.
-            output: of the model.
+            output: of the model; None where it does not matter.
             codes: the runtime's, by site; a site without any quantizes by itself.
             see: is called at every site, in the order of execution.
             until: stop behind this site.
 
         Returns:
-            the output; None where the pass was stopped.
+            the output; None where none was asked for, or the pass was stopped.
         """
         self._codes = {site: torch.from_numpy(np.asarray(c)) for site, c in (codes or {}).items()}
         self._see, self._until = see, until
         inputs = {n: t.to(self.dtype) if t.is_floating_point() else t for n, t in batch.items()}
         try:
             with multiplying(self._attend):
-                return forward(self.model, inputs, output)
+                if output is not None:
+                    return forward(self.model, inputs, output)
+                self.model(**inputs)
+                return None
         except _Reached:
             return None
         finally:
@@ -151,6 +160,8 @@ class Forced:
     def at_site(self, site: str, quantizer: FakeQuantizer, x: Tensor) -> Tensor:
         """What follows the site: values of the runtime's codes, where it has shown them."""
         theirs, change = self._codes.get(site), self.quantizers.get(site)
+        if not quantizer.grid.integer:  # in the simulation only: no runtime has codes to compare with
+            return quantizer(x)  # type: ignore[no-any-return]
         plain = theirs is None and change is None
         if site in self.passed or (plain and self._see is None):
             result = x if site in self.passed else quantizer(x)
@@ -162,11 +173,9 @@ class Forced:
             view = View(site, quantizer, x, x / scale, zero, theirs)
             if self._see is not None:
                 self._see(view)
-            if plain and x.dtype == torch.float32:
-                result = quantizer(x)
-            else:
-                codes = theirs if theirs is not None else change(view) if change is not None else view.codes()
-                result = (codes - zero) * scale
+            # In FP32 this is what the quantizer computes, operation by operation.
+            codes = theirs if theirs is not None else change(view) if change is not None else view.codes()
+            result = (codes - zero) * scale
         if site == self._until:
             raise _Reached
         return result
