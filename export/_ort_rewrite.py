@@ -17,8 +17,9 @@ Nothing is left for the optimizer to recognize; each integer contraction is writ
 - INT4 weights stay INT4 in the file; ``Cast`` to INT8 is folded when the session loads, before kernels pack weights.
 - INT4 blocks with float activations are ``com.microsoft.MatMulNBits`` with accuracy_level 1 (float arithmetic). The
   level that ONNX Runtime chooses when it fuses, 4, rounds activations to INT8, which no plan declares.
-- What has no integer kernel (blocks of weights under one accumulator, per-token activations) is computed in float from
-  dequantized values. The audit says so.
+- Per-token activations are the same kernel on codes with scale 1, and a Mul by the tokens' scales behind it.
+- What has no integer kernel (blocks of weights under one accumulator) is computed in float from dequantized values. The
+  audit says so.
 
 That is the default form of each contraction. `forms` names another one for some of them, which a search has measured
 (`_ort_placement`): ``signed`` (INT8 x INT8, which Arm has an instruction for), ``convinteger``, ``nbits-int8``
@@ -49,6 +50,7 @@ PLACED = "s2d.placement"  # metadata of a contraction that a search has put into
 # Default form -> all forms that mean the same; of "nbits-int8" see `forms_of`.
 _FORMS = {
     "matmul": ("matmul", "signed", "float"),
+    "token": ("token", "float"),
     "patches": ("patches", "convinteger", "float"),
     "conv": ("conv", "float"),
     "nbits": ("nbits", "float"),
@@ -122,6 +124,10 @@ class _Rewriter(Surgery):
             for op in self.ops
             for operand in (op.left, op.right)
             if operand is not None and self.kernels and not self._signed(op, operand)
+        } | {
+            found[0].codes
+            for op in self.ops
+            if self.kinds[op.name] == "token" and (found := self._token(op)) is not None
         }
         for node in self.model.graph.node:
             if node.op_type == "QuantizeLinear":
@@ -130,6 +136,8 @@ class _Rewriter(Surgery):
             kind = self.kinds[op.name]
             if kind == "matmul":
                 self._integer_matmul(op)
+            elif kind == "token":
+                self._token_matmul(op)
             elif kind == "patches":
                 self._patch_matmul(op)
             elif kind == "conv":
@@ -146,7 +154,7 @@ class _Rewriter(Surgery):
     def _signed(self, op: Contraction, operand: Operand) -> bool:
         """Whether `op` does not ask for `operand` as UINT8."""
         kind = self.kinds[op.name]
-        if kind in ("conv", "raw", "nbits-int8"):
+        if kind in ("conv", "raw", "nbits-int8", "token"):
             return True
         return kind == "matmul" and (operand is op.right or self.forms.get(op.name) == "signed")
 
@@ -169,7 +177,9 @@ class _Rewriter(Surgery):
         return blocks and right.block in NBITS_BLOCKS and right.storage.endswith("INT4")
 
     def default_form(self, op: Contraction) -> str:
-        """``matmul``, ``patches``, ``conv``, ``nbits``, or ``float``."""
+        """``matmul``, ``token``, ``patches``, ``conv``, ``nbits``, or ``float``."""
+        if self._token(op) is not None:
+            return "token"
         left, right, matmul = op.left, op.right, op.node.op_type == "MatMul"
         if left is None and right is not None and matmul:
             return "nbits" if self.fits_nbits(op) else "float"
@@ -261,6 +271,51 @@ class _Rewriter(Surgery):
                 self.replace(mul[0], [])
         inputs = [left.codes, codes, scale, self._scale(right), self._activation_zero(left), zero_point, bias]
         self.replace(op.node, [*nodes, _kernel(op, inputs, output, self._marked(op))])
+
+    def _token(self, op: Contraction) -> tuple[Operand, str] | None:
+        """The codes of a per-token left operand and the tokens' scales, where the right one is a weight by channel.
+
+        In the common file: ``Mul(DequantizeLinear(codes, 1, zero_point), scales)``; see `to_onnx._token_pair`.
+        """
+        right = op.right
+        if op.left is not None or right is None or right.stored is None or op.node.op_type != "MatMul":
+            return None
+        if right.stored.ndim != 2 or right.block is not None or (right.scale.ndim and right.axis not in (1, -1)):
+            return None
+        mul = self.producers.get(op.node.input[0])
+        dequantizer = self.producers.get(mul.input[0]) if mul is not None and mul.op_type == "Mul" else None
+        if mul is None or dequantizer is None or dequantizer.op_type != "DequantizeLinear":
+            return None
+        quantizer = self.producers.get(dequantizer.input[0])
+        scale = self.stored.get(dequantizer.input[1])
+        zero = self.stored.get(dequantizer.input[2]) if len(dequantizer.input) > 2 else None
+        if quantizer is None or quantizer.op_type != "QuantizeLinear" or scale is None or scale.dims or zero is None:
+            return None
+        codes = Operand(
+            site=metadata(dequantizer).get("s2d.site", dequantizer.name).split(",")[0],
+            codes=dequantizer.input[0],
+            dequantized=op.node.input[0],
+            storage=TensorProto.DataType.Name(zero.data_type),
+            scale=numpy_helper.to_array(scale).astype(np.float32),
+            zero_point=as_codes(numpy_helper.to_array(zero)),
+            axis=None,
+            block=None,
+            stored=None,
+        )
+        return codes, str(mul.input[1])
+
+    def _token_matmul(self, op: Contraction) -> None:
+        """Accumulators times the weight's scales, then times the scale of each row."""
+        found, right = self._token(op), op.right
+        if found is None or right is None or right.stored is None:
+            raise ValueError(f"{op.name}: no per-token product")
+        left, scales = found
+        nodes: list[onnx.NodeProto] = []
+        codes, zero_point = self._weight_bytes(right, right.stored, unsigned=False, nodes=nodes)
+        inputs = [left.codes, codes, self._scale(left), self._scale(right), self._activation_zero(left), zero_point]
+        steps, output = f"{op.name}.steps", op.node.output[0]
+        mul = helper.make_node("Mul", [steps, scales], [output], name=f"{op.name}.scales")
+        self.replace(op.node, [*nodes, _kernel(op, inputs, steps, self._marked(op)), mul])
 
     def _patches(self, op: Contraction, weight: Array) -> tuple[int, ...] | None:
         """``(C, H, W, kh, kw)`` of a Conv whose kernels tile the image exactly; None for any other Conv."""
@@ -368,7 +423,7 @@ class _Rewriter(Surgery):
         node = onnx.NodeProto()
         node.CopyFrom(op.node)
         for i, operand in enumerate((op.left, op.right)):
-            if operand is not None and operand.stored is None:
+            if operand is None or operand.stored is None:
                 node.input[i] = self._unquantized(op.node.input[i])
         del node.metadata_props[:]
         self.replace(op.node, [annotate(node, self._marked(op))])
@@ -376,11 +431,18 @@ class _Rewriter(Surgery):
     def _unquantized(self, value: str) -> str:
         """The float tensor in front of the quantizer that makes `value`; itself where there is none."""
         node = self.producers.get(value)
+        scales = node.input[1] if node is not None and node.op_type == "Mul" else None  # of tokens
+        if node is not None and scales is not None:
+            node = self.producers.get(node.input[0])
         if node is None or node.op_type != "DequantizeLinear":
             return value
         quantizer = self.producers.get(node.input[0])
         if quantizer is None or quantizer.op_type != "QuantizeLinear":
             return value
+        if scales is not None:
+            division = self.producers.get(quantizer.input[0])
+            same = division is not None and division.op_type == "Div" and division.input[1] == scales
+            return str(division.input[0]) if same and division is not None else value
         # The bounds of a width between 4 and 8 bits, a Clip in front of the quantizer, stay.
         return str(quantizer.input[0])
 

@@ -263,9 +263,13 @@ def test_per_token_activations_are_right(tmp_path):
     expected = (np.rint(x / scale) * scale.astype(np.float64)) @ (codes * np.float64(np.float32(0.05)))
     np.testing.assert_allclose(run(path, x=x)[0], expected, atol=16 * EPS * np.abs(expected).max())
     with load_runtime("ort").open(build(path, tmp_path, "w8a8"), threads=1) as session:
-        assert session.audit().rung == "dequantized"
+        audit = session.audit()
         found = session.codes({"x": x})["fc.input"]
+        exact = session.accumulate("fc", found)
     np.testing.assert_array_equal(found, np.rint(x / scale))
+    np.testing.assert_array_equal(exact, found.astype(np.int64) @ codes)
+    assert [(op.kernel, op.precision) for op in audit.ops] == [("MatMulIntegerToFloat", "int8")]
+    assert (audit.rung, audit.mismatches()) == ("native", [])
 
 
 def build(path, folder, precision, **options):
