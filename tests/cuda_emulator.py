@@ -64,7 +64,7 @@ struct Fiber { ucontext_t context; std::vector<char> stack; bool done; long bloc
 static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static int current;
-static long block_arrivals;
+static long block_arrivals, block_number;
 static std::vector<long> warp_arrivals;
 static const std::function<void()>* body;
 struct Column { operator int() const { return current % blockDim.x; } };
@@ -91,6 +91,7 @@ static void launch(Index grid, Index size, const std::function<void()>& f) {
   fibers.resize(threads);
   for (int block = 0; block < grid.x * grid.y; ++block) {
     blockIdx = {block % grid.x, block / grid.x};
+    ++block_number;
     block_arrivals = 0;
     warp_arrivals.assign((threads + 31) / 32, 0);
     for (int i = 0; i < threads; ++i) {
@@ -116,6 +117,41 @@ static void launch(Index grid, Index size, const std::function<void()>& f) {
     }
   }
 }
+
+// Shared memory that watches its readers and writers: between two barriers no thread may touch what another has written,
+// or write what another has read. The fibers' order hides such races; a GPU's does not.
+static long faults;
+template <class T, int N> struct Shared {
+  T data[N];
+  long written[N], read[N];  // block and barrier, and the thread below (in `read`, -1 for several)
+  int writer[N], reader[N];
+  static long now() { return block_number * 100000 + fibers[current].blocks + 1; }
+  struct Element {
+    Shared& shared;
+    int i;
+    operator T() const {
+      long time = now();
+      faults += shared.written[i] == time && shared.writer[i] != current;
+      shared.reader[i] = shared.read[i] == time && shared.reader[i] != current ? -1 : current;
+      shared.read[i] = time;
+      return shared.data[i];
+    }
+    T operator=(T value) {
+      long time = now();
+      faults += shared.written[i] == time && shared.writer[i] != current;
+      faults += shared.read[i] == time && shared.reader[i] != current;
+      shared.written[i] = time;
+      shared.writer[i] = current;
+      return shared.data[i] = value;
+    }
+    T operator=(const Element& other) { return *this = (T)other; }
+  };
+  Element operator[](int i) {
+    if (i < 0 || i >= N) abort();
+    return {*this, i};
+  }
+};
+extern "C" long race_count() { return faults; }
 
 // A warp's operands, twice, so that one barrier is enough.
 struct Held { int a[4], b[2]; char x[8]; };
@@ -207,7 +243,12 @@ def emulated(source: str) -> str:
     start = source.index("#define uint unsigned int")
     end = source.index("#endif", start)
     prelude = "\n".join(source[start:end].splitlines())
-    body = re.sub(r"__shared__ alignas\((\d+)\)", r"alignas(\1) static", source[end + len("#endif") :])
+    body = source[end + len("#endif") :]
+    shared = re.findall(r"__shared__ alignas\(\d+\) \w+ (\w+)\[", body)
+    watched = not any(re.search(rf"\(?{name}\b(?!\[)", body) for name in shared)  # not where it is cast
+    if watched:
+        body = re.sub(r"__shared__ alignas\(\d+\) (\w+) (\w+)\[(\d+)\];", r"static Shared<\1, \3> \2;", body)
+    body = re.sub(r"__shared__ alignas\((\d+)\)", r"alignas(\1) static", body)
     wrappers = []
     for name, arguments in re.findall(r'extern "C" __global__ void [^;{]*?(\w+)\(([^)]*)\) \{', body):
         types = [a.strip().rsplit(" ", 1)[0].replace("__restrict__", "").strip() for a in arguments.split(",")]
@@ -274,10 +315,11 @@ class Emulator:
         self.at(name, [a.ctypes.data for a in arrays])
 
     def at(self, name: str, addresses: Sequence[int]) -> None:
-        """Run a function on memory."""
+        """Run a function on memory. No two threads may have touched shared memory without a barrier between them."""
         for launch in self.launches[name]:
             pointers = (ctypes.c_void_p * len(launch.places))(*(addresses[i] for i in launch.places))
             getattr(self._library, f"launch_{launch.kernel}")((ctypes.c_int * 4)(*launch.sizes), pointers)
+        assert self._library.race_count() == 0, f"{name}: threads race for shared memory"
 
 
 def _launches(host: str, function: Any) -> list[Launch]:

@@ -91,6 +91,26 @@ def test_products_are_exact(device: str, small: bool, tmp_path: Path) -> None:
 
 
 @emulation
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_a_missing_barrier_is_noticed(which: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulation finds races: without any one of its barriers the kernel fails."""
+    emulated = cuda_emulator.emulated
+
+    def without(source: str) -> str:
+        parts = source.split("__syncthreads();")
+        assert len(parts) == 4
+        return emulated("__syncthreads();".join(parts[:which]) + "__syncthreads();".join(parts[which:]))
+
+    monkeypatch.setattr(cuda_emulator, "emulated", without)
+    isa = parse_device(SM80)
+    panels, kernel = product(isa, 40, 200, 20, 4, 128, small=True)
+    emulator = cuda_emulator.Emulator(isa, tmp_path, {"f": kernel})
+    a, b = np.full((1, 40, panels.depth), 130, np.uint8), np.ones((1, 200, 20), np.int8)
+    with pytest.raises(AssertionError, match="f: threads race for shared memory"):
+        emulator("f", a, panels.pack(b), np.zeros((1, 40, 20), np.int32))
+
+
+@emulation
 def test_extreme_codes_and_rows_at_any_address(tmp_path: Path) -> None:
     isa, k = parse_device(SM80), 4100
     a = np.stack([np.full(k, 255), np.zeros(k), np.arange(k) % 2 * 255]).astype(np.uint8)[None]
