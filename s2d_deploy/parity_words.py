@@ -10,7 +10,7 @@ def words(parity: Mapping[str, Any]) -> list[str]:
     """The finding in sentences: verdict, then where, what, how much, and how to see it again."""
     explanation = parity.get("explanation")
     if explanation is None:
-        return [f"not examined: {step}: {why}" for step, why in parity.get("unexamined", {}).items()]
+        return [f"not examined: {step}: {why}" for step, why in (parity.get("unexamined") or {}).items()]
     lines = []
     findings = explanation["findings"]
     if not explanation["codes_shown"] and not findings:
@@ -32,7 +32,7 @@ def words(parity: Mapping[str, Any]) -> list[str]:
     lines += _gap_words(parity) + _budget_words(parity) + _consistency_words(parity)
     if explanation["taps_changed"]:
         lines.append(f"  showing the codes changes {len(explanation['taps_changed'])} nodes of the optimized graph")
-    lines += [f"  not examined: {step}: {why}" for step, why in parity.get("unexamined", {}).items()]
+    lines += [f"  not examined: {step}: {why}" for step, why in (parity.get("unexamined") or {}).items()]
     return lines
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from s2d_deploy import plots, plots_layers, report_errors
+from s2d_deploy import plots, plots_layers, report_errors, report_parity
 from s2d_deploy import report_format as fmt
 from s2d_deploy import report_speed as speed
 from s2d_deploy import report_summary as words
@@ -197,6 +197,7 @@ def _performance(labelled: plots.Labelled) -> Markup | None:
     numbers = {
         "Latency in numbers": tables.latency_table(labelled),
         "Cold start, memory and roofline in numbers": speed.resources_table(labelled),
+        "Multiply-accumulates by kernel": speed.kernels_table(labelled),
     }
     details = [tag("details", tag("summary", words), shown) for words, shown in numbers.items() if shown]
     return join([drawn, *details]) if drawn or details else None
@@ -274,7 +275,7 @@ def _parity(labelled: plots.Labelled) -> Markup | None:
         "Accumulators are compared bit for bit, each layer fed with the simulation's own codes. Codes are compared end "
         "to end: there float operators may round differently and flip a code at a boundary."
     )
-    return join([tag("p", note, class_="note"), found])
+    return join([tag("p", note, class_="note"), found, report_parity.section(labelled)])
 
 
 def _environment(report: Report) -> Markup:

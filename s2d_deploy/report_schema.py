@@ -146,6 +146,7 @@ class Op(_Open):
     precision: str | None = None
     macs: int | None = None
     declared: str | None = None
+    instruction: str | None = None
 
 
 class AuditFacts(_Open):
@@ -176,6 +177,18 @@ class Parity(_Open):
     snr_db: float | None = None
     max_error: float | None = None
     sites: list[SiteParity] = Field(default_factory=list)
+    samples_compared: int | None = None
+    verdict: Verdict | None = None
+    explanation: dict[str, Any] | None = None
+    """`explain.Explanation`: verdict, findings (cause, layer, site, detail, confirmed), sites of the forced pass."""
+    consistency: dict[str, Any] | None = None
+    """`consistency.Agreement` of the runtime with itself: in other batches, again, from a second build."""
+    budget: dict[str, Any] | None = None
+    """`error_budget.ErrorBudget`, with the tolerances and what was seen."""
+    gap: dict[str, Any] | None = None
+    """`gap.Gap`: the way from the float model to the hardware in parts that add up."""
+    unexamined: dict[str, str] | None = None
+    """Steps of the verification that broke, with the reason."""
 
 
 class Latency(_Open):
