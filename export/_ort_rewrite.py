@@ -33,7 +33,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -41,7 +40,8 @@ from onnx import TensorProto, helper, numpy_helper
 from s2d_deploy.qgraph import Contraction, Operand, attributes, contractions, metadata
 from s2d_deploy.session import Array, as_codes
 
-from ._ort_surgery import CONTRIB, Surgery, annotate
+from ._ort_operands import CODES, CONTAINER, PART, SHIFT, SHIFTS, STORAGE, Operands
+from ._ort_surgery import CONTRIB, annotate
 
 FLOAT_LEVEL = 1  # MatMulNBits accuracy_level: 0 unset, 1 float32, 2 float16, 3 bfloat16, 4 int8 activations
 NBITS_BLOCKS = (16, 32, 64, 128, 256)
@@ -55,16 +55,6 @@ _FORMS = {
     "conv": ("conv", "float"),
     "nbits": ("nbits", "float"),
 }
-PART = "s2d.part"  # metadata of a node that only rearranges codes or accumulators for the op that it names
-# Of a site's codes: the plan's type, what was added to each code, and the type that holds the sum.
-STORAGE, SHIFT, CONTAINER = "s2d.storage", "s2d.shift", "s2d.container"
-_MOVES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity")
-# (container is unsigned, ONNX type of the codes) -> shift
-SHIFTS = {
-    (True, "INT4"): 8, (True, "UINT4"): 0, (True, "INT8"): 128, (True, "UINT8"): 0,
-    (False, "INT4"): 0, (False, "UINT4"): 0, (False, "INT8"): 0, (False, "UINT8"): -128,
-}  # fmt: skip
-_CODES = {"INT4": (-8, 7), "UINT4": (0, 15), "INT8": (-128, 127), "UINT8": (0, 255)}
 
 
 def to_integer_kernels(model: onnx.ModelProto, forms: Mapping[str, str] | None = None) -> onnx.ModelProto:
@@ -109,14 +99,13 @@ def forms_of(model: onnx.ModelProto, *, int8_activations: bool = False) -> dict[
     return found
 
 
-class _Rewriter(Surgery):
+class _Rewriter(Operands):
     def __init__(self, model: onnx.ModelProto, forms: Mapping[str, str], *, kernels: bool = True) -> None:
         super().__init__(model)
         self.forms, self.kernels = forms, kernels
 
     def rewritten(self) -> onnx.ModelProto:
         self.ops = contractions(self.model)
-        self.unpacked: set[str] = set()
         self.kinds = {op.name: self._kind(op) for op in self.ops}
         # Codes that some kernel wants as UINT8; a value that is wanted as both is UINT8 (UINT8 x UINT8 exists).
         self.unsigned = {
@@ -127,7 +116,7 @@ class _Rewriter(Surgery):
         } | {
             found[0].codes
             for op in self.ops
-            if self.kinds[op.name] == "token" and (found := self._token(op)) is not None
+            if self.kinds[op.name] == "token" and (found := self.token(op)) is not None
         }
         for node in self.model.graph.node:
             if node.op_type == "QuantizeLinear":
@@ -148,7 +137,7 @@ class _Rewriter(Surgery):
                 self._raw_product(op)
         for node in self.model.graph.node:
             if self.kernels and node.op_type == "DequantizeLinear" and node.input[0] in self.stored:
-                self._weight_in_float(node)
+                self.weight_in_float(node)
         return self.result()
 
     def _signed(self, op: Contraction, operand: Operand) -> bool:
@@ -178,7 +167,7 @@ class _Rewriter(Surgery):
 
     def default_form(self, op: Contraction) -> str:
         """``matmul``, ``token``, ``patches``, ``conv``, ``nbits``, or ``float``."""
-        if self._token(op) is not None:
+        if self.token(op) is not None:
             return "token"
         left, right, matmul = op.left, op.right, op.node.op_type == "MatMul"
         if left is None and right is not None and matmul:
@@ -203,19 +192,19 @@ class _Rewriter(Surgery):
         """QuantizeLinear(x) -> the codes as bytes, under the name that they have in the common graph."""
         scale, zero = self.stored.get(node.input[1]), self.stored.get(node.input[2]) if len(node.input) > 2 else None
         storage = TensorProto.DataType.Name(zero.data_type) if zero is not None else ""
-        if zero is None or scale is None or scale.dims or storage not in _CODES:
+        if zero is None or scale is None or scale.dims or storage not in CODES:
             return  # blocked or computed scales stay as they are
         codes = node.output[0]
         unsigned = codes in self.unsigned
         shift = SHIFTS[unsigned, storage]
         zero_point = int(as_codes(numpy_helper.to_array(zero))) + shift
-        source, moves = self._behind_moves(node.input[0])
-        typed = self._byte(zero_point, unsigned)
+        source, moves = self.behind_moves(node.input[0])
+        typed = self.byte(zero_point, unsigned)
         nodes = [helper.make_node("QuantizeLinear", [source, node.input[1], typed], [f"{codes}.byte"], name=node.name)]
-        low, high = (code + shift for code in _CODES[storage])
+        low, high = (code + shift for code in CODES[storage])
         producer = self.producers.get(source)
         if storage.endswith("INT4") and not (producer is not None and producer.op_type == "Clip"):
-            bounds = ["" if unsigned and low == 0 else self._byte(low, unsigned), self._byte(high, unsigned)]
+            bounds = ["" if unsigned and low == 0 else self.byte(low, unsigned), self.byte(high, unsigned)]
             nodes.append(
                 helper.make_node("Clip", [f"{codes}.byte", *bounds], [f"{codes}.clip"], name=f"{node.name}.clip")
             )
@@ -237,19 +226,6 @@ class _Rewriter(Surgery):
                 inputs = [codes, user.input[1], typed]
                 self.replace(user, [helper.make_node("DequantizeLinear", inputs, list(user.output), name=user.name)])
 
-    def _behind_moves(self, value: str) -> tuple[str, list[onnx.NodeProto]]:
-        """The tensor before a chain of Reshape and Transpose that nothing else reads, and that chain."""
-        moves: list[onnx.NodeProto] = []
-        while (
-            (node := self.producers.get(value)) is not None
-            and node.op_type in _MOVES
-            and len(self.consumers.get(value, [])) == 1
-            and value not in self.outputs
-        ):
-            moves.insert(0, node)
-            value = node.input[0]
-        return value, moves
-
     # -- contractions
 
     def _integer_matmul(self, op: Contraction) -> None:
@@ -258,8 +234,8 @@ class _Rewriter(Surgery):
         if right.stored is None:
             codes, zero_point = right.codes, self._activation_zero(right)
         else:
-            codes, zero_point = self._weight_bytes(right, right.stored, unsigned=False, nodes=nodes)
-        scale, bias, output = self._scale(left), "", op.node.output[0]
+            codes, zero_point = self.weight_bytes(right, right.stored, unsigned=False, nodes=nodes)
+        scale, bias, output = self.scale_of(left), "", op.node.output[0]
         if (add := self.sole_consumer(output, "Add")) is not None and right.stored is not None:
             if list(self.stored[add[1]].dims) == [right.stored.shape[1]]:
                 bias, output = add[1], add[0].output[0]
@@ -269,50 +245,18 @@ class _Rewriter(Surgery):
             if factor > 0 and np.frexp(factor)[0] == 0.5:
                 scale, output = self.constant(f"{op.name}.scale", left.scale * factor, np.float32), mul[0].output[0]
                 self.replace(mul[0], [])
-        inputs = [left.codes, codes, scale, self._scale(right), self._activation_zero(left), zero_point, bias]
+        inputs = [left.codes, codes, scale, self.scale_of(right), self._activation_zero(left), zero_point, bias]
         self.replace(op.node, [*nodes, _kernel(op, inputs, output, self._marked(op))])
-
-    def _token(self, op: Contraction) -> tuple[Operand, str] | None:
-        """The codes of a per-token left operand and the tokens' scales, where the right one is a weight by channel.
-
-        In the common file: ``Mul(DequantizeLinear(codes, 1, zero_point), scales)``; see `to_onnx._token_pair`.
-        """
-        right = op.right
-        if op.left is not None or right is None or right.stored is None or op.node.op_type != "MatMul":
-            return None
-        if right.stored.ndim != 2 or right.block is not None or (right.scale.ndim and right.axis not in (1, -1)):
-            return None
-        mul = self.producers.get(op.node.input[0])
-        dequantizer = self.producers.get(mul.input[0]) if mul is not None and mul.op_type == "Mul" else None
-        if mul is None or dequantizer is None or dequantizer.op_type != "DequantizeLinear":
-            return None
-        quantizer = self.producers.get(dequantizer.input[0])
-        scale = self.stored.get(dequantizer.input[1])
-        zero = self.stored.get(dequantizer.input[2]) if len(dequantizer.input) > 2 else None
-        if quantizer is None or quantizer.op_type != "QuantizeLinear" or scale is None or scale.dims or zero is None:
-            return None
-        codes = Operand(
-            site=metadata(dequantizer).get("s2d.site", dequantizer.name).split(",")[0],
-            codes=dequantizer.input[0],
-            dequantized=op.node.input[0],
-            storage=TensorProto.DataType.Name(zero.data_type),
-            scale=numpy_helper.to_array(scale).astype(np.float32),
-            zero_point=as_codes(numpy_helper.to_array(zero)),
-            axis=None,
-            block=None,
-            stored=None,
-        )
-        return codes, str(mul.input[1])
 
     def _token_matmul(self, op: Contraction) -> None:
         """Accumulators times the weight's scales, then times the scale of each row."""
-        found, right = self._token(op), op.right
+        found, right = self.token(op), op.right
         if found is None or right is None or right.stored is None:
             raise ValueError(f"{op.name}: no per-token product")
         left, scales = found
         nodes: list[onnx.NodeProto] = []
-        codes, zero_point = self._weight_bytes(right, right.stored, unsigned=False, nodes=nodes)
-        inputs = [left.codes, codes, self._scale(left), self._scale(right), self._activation_zero(left), zero_point]
+        codes, zero_point = self.weight_bytes(right, right.stored, unsigned=False, nodes=nodes)
+        inputs = [left.codes, codes, self.scale_of(left), self.scale_of(right), self._activation_zero(left), zero_point]
         steps, output = f"{op.name}.steps", op.node.output[0]
         mul = helper.make_node("Mul", [steps, scales], [output], name=f"{op.name}.scales")
         self.replace(op.node, [*nodes, _kernel(op, inputs, steps, self._marked(op)), mul])
@@ -342,7 +286,7 @@ class _Rewriter(Surgery):
         c, h, w, kh, kw = self._patches(op, weight) or ()
         nodes: list[onnx.NodeProto] = []
         matrix = weight.reshape(len(weight), -1).T
-        codes, zero_point = self._weight_bytes(right, matrix, unsigned=False, nodes=nodes, rewritten=True)
+        codes, zero_point = self.weight_bytes(right, matrix, unsigned=False, nodes=nodes, rewritten=True)
         steps: list[tuple[str, list[int]]] = [
             ("Reshape", [-1, c, h // kh, kh, w // kw, kw]),
             ("Transpose", [0, 2, 4, 1, 3, 5]),
@@ -355,7 +299,14 @@ class _Rewriter(Surgery):
         for i, (kind, argument) in enumerate(steps):
             output = op.node.output[0] if i == len(steps) - 1 else f"{op.name}.step{i}"
             if kind == "MatMul":
-                inputs = [value, codes, self._scale(left), self._scale(right), self._activation_zero(left), zero_point]
+                inputs = [
+                    value,
+                    codes,
+                    self.scale_of(left),
+                    self.scale_of(right),
+                    self._activation_zero(left),
+                    zero_point,
+                ]
                 nodes.append(_kernel(op, [*inputs, *op.node.input[2:]], output, self._marked(op)))
             elif kind == "Reshape":
                 inputs = [value, self.constant(f"{op.name}.shape{i}", argument, np.int64)]
@@ -371,7 +322,7 @@ class _Rewriter(Surgery):
         left, right = _operands(op)
         weight: Array = np.asarray(right.stored)
         nodes: list[onnx.NodeProto] = []
-        codes, zero_point = self._weight_bytes(right, weight, unsigned=True, nodes=nodes, rewritten=True)
+        codes, zero_point = self.weight_bytes(right, weight, unsigned=True, nodes=nodes, rewritten=True)
         name, output = op.node.name, op.node.output[0]
         spread = (1, -1, *[1] * (weight.ndim - 2))
         inputs = [left.codes, codes, self._activation_zero(left), zero_point]
@@ -403,7 +354,7 @@ class _Rewriter(Surgery):
         shift = SHIFTS[True, right.storage]
         nibbles = (right.stored.astype(np.int16) + shift).T.reshape(n, k // right.block, right.block)
         inputs = [
-            self._unquantized(op.node.input[0]),
+            self.unquantized(op.node.input[0]),
             self.constant(f"{right.site}.packed", _pack(nibbles), np.uint8),
             self.constant(f"{right.site}.scales", right.scale.T.reshape(-1), np.float32),
         ]
@@ -424,104 +375,20 @@ class _Rewriter(Surgery):
         node.CopyFrom(op.node)
         for i, operand in enumerate((op.left, op.right)):
             if operand is None or operand.stored is None:
-                node.input[i] = self._unquantized(op.node.input[i])
+                node.input[i] = self.unquantized(op.node.input[i])
         del node.metadata_props[:]
         self.replace(op.node, [annotate(node, self._marked(op))])
-
-    def _unquantized(self, value: str) -> str:
-        """The float tensor in front of the quantizer that makes `value`; itself where there is none."""
-        node = self.producers.get(value)
-        scales = node.input[1] if node is not None and node.op_type == "Mul" else None  # of tokens
-        if node is not None and scales is not None:
-            node = self.producers.get(node.input[0])
-        if node is None or node.op_type != "DequantizeLinear":
-            return value
-        quantizer = self.producers.get(node.input[0])
-        if quantizer is None or quantizer.op_type != "QuantizeLinear":
-            return value
-        if scales is not None:
-            division = self.producers.get(quantizer.input[0])
-            same = division is not None and division.op_type == "Div" and division.input[1] == scales
-            return str(division.input[0]) if same and division is not None else value
-        # The bounds of a width between 4 and 8 bits, a Clip in front of the quantizer, stay.
-        return str(quantizer.input[0])
 
     def _marked(self, op: Contraction) -> dict[str, str]:
         """The op's metadata, and the form that it was put in where that is not the default."""
         form = self.forms.get(op.name, "")
         return metadata(op.node) | ({PLACED: form} if form and form != self.default_form(op) else {})
 
-    def _weight_in_float(self, node: onnx.NodeProto) -> None:
-        """(codes - zero_point) * scale from nodes that are folded at load; a DequantizeLinear would run every time."""
-        values = attributes(node)
-        codes, scale = self.stored[node.input[0]], self.stored[node.input[1]]
-        zeros = as_codes(numpy_helper.to_array(self.stored[node.input[2]]))
-        shape, block = list(codes.dims), int(values.get("block_size", 0))
-        full, spread = shape, [1] * len(shape)
-        if scale.dims:
-            axis = int(values.get("axis", 1)) % len(shape)
-            spread[axis] = shape[axis]
-            if block:
-                full = [*shape[:axis], shape[axis] // block, block, *shape[axis + 1 :]]
-                spread = [*shape[:axis], shape[axis] // block, 1, *shape[axis + 1 :]]
-        base = node.name
-        nodes = [helper.make_node("Cast", [node.input[0]], [f"{base}.0"], name=f"{base}.0", to=TensorProto.FLOAT)]
-        steps = [("Mul", self.constant(f"{base}.scale", numpy_helper.to_array(scale).reshape(spread), np.float32))]
-        if zeros.any():
-            steps.insert(0, ("Sub", self.constant(f"{base}.zero_point", zeros.reshape(spread), np.float32)))
-        if block:
-            steps.insert(0, ("Reshape", self.constant(f"{base}.blocks", full, np.int64)))
-            steps.append(("Reshape", self.constant(f"{base}.shape", shape, np.int64)))
-        for i, (op_type, other) in enumerate(steps, 1):
-            nodes.append(helper.make_node(op_type, [nodes[-1].output[0], other], [f"{base}.{i}"], name=f"{base}.{i}"))
-        nodes[-1].output[0] = node.output[0]
-        self.replace(node, nodes)
-
     # -- operands
-
-    def _weight_bytes(
-        self, right: Operand, codes: Array, *, unsigned: bool, nodes: list[onnx.NodeProto], rewritten: bool = False
-    ) -> tuple[str, str]:
-        """The weight as bytes and its zero point ("" for 0); appends the Cast that unpacks 4-bit codes to `nodes`.
-
-        Args:
-            right: the weight.
-            codes: its codes, possibly in another layout than it has in the common graph; then `rewritten`.
-            unsigned: what the kernel wants; the codes are stored in the file with that signedness.
-            nodes: receives the Cast.
-        """
-        kind = "INT4" if right.storage.endswith("INT4") else "INT8"
-        plain = "UINT" if unsigned else "INT"
-        target = f"{plain}{kind[-1]}"
-        shift = _CODES[target][0] - _CODES[right.storage][0]
-        name = right.codes
-        if rewritten or shift:
-            dtype = {"INT4": ml_dtypes.int4, "UINT4": ml_dtypes.uint4, "INT8": np.int8, "UINT8": np.uint8}[target]
-            name = self.constant(f"{right.codes}.{target}", codes.astype(np.int16) + shift, dtype)
-        zeros = right.zero_point.astype(np.int16) + shift
-        byte = np.uint8 if unsigned else np.int8
-        zero_point = ""
-        if zeros.any():
-            uniform = unsigned or zeros.ndim == 0
-            value = zeros.reshape(-1)[0] if uniform else zeros
-            zero_point = self.constant(f"{right.site}.zero_point.byte", value, byte)
-        if kind == "INT4":
-            to = TensorProto.UINT8 if unsigned else TensorProto.INT8
-            packed, name = name, f"{name}.byte"
-            if name not in self.unpacked:  # tied weights are unpacked once
-                self.unpacked.add(name)
-                nodes.append(helper.make_node("Cast", [packed], [name], name=name, to=to))
-        return name, zero_point
 
     def _activation_zero(self, operand: Operand) -> str:
         unsigned = operand.codes in self.unsigned
-        return self._byte(int(operand.zero_point) + SHIFTS[unsigned, operand.storage], unsigned)
-
-    def _byte(self, value: int, unsigned: bool) -> str:
-        return self.constant(f"{'u8' if unsigned else 's8'}.{value}", value, np.uint8 if unsigned else np.int8)
-
-    def _scale(self, operand: Operand) -> str:
-        return self.constant(f"{operand.site}.scale.float", operand.scale, np.float32)
+        return self.byte(int(operand.zero_point) + SHIFTS[unsigned, operand.storage], unsigned)
 
 
 def _operands(op: Contraction) -> tuple[Operand, Operand]:
