@@ -162,6 +162,10 @@ void Run(const std::string& folder, const std::vector<std::string>& files) {
   const std::string description = folder + "/model.json";
   Json about = ParseObject(ReadFile(description), description);
   RequireWhole(folder, Key<Json>(about, "size_bytes", description));
+  if (about.count("compute_capability")) {
+    std::string capability = about["compute_capability"].cast<ffi::String>();
+    throw WrongProcessor("built for CUDA, compute capability " + capability + ": this program runs what was built for a CPU");
+  }
   RequireFeatures(Key<List>(about, "features", description));
 
   // Inputs. -1 is the batch dimension; the size of the first file says how many samples there are.
