@@ -63,7 +63,7 @@ def image_statistics(source: str | None, channels: int) -> tuple[Tensor, Tensor]
         mean, std = document.get("image_mean", mean), document.get("image_std", std)
     try:
         m, s = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise DataError(message(f"{source}: image statistics are not numbers", found=str(error))) from error
     if m.shape != (channels,) or s.shape != (channels,) or not bool((torch.isfinite(m) & (s > 0)).all()):
         raise DataError(

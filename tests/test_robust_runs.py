@@ -1,4 +1,4 @@
-"""Runs that meet each other, folders that refuse, locks that outlive their owner: nothing is lost, and it is said why."""
+"""Runs that meet each other, folders that refuse, locks that outlive their owner: nothing is lost, and one is told."""
 
 from __future__ import annotations
 
