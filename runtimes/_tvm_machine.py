@@ -15,6 +15,7 @@ from s2d_deploy.session import Array, Artifact
 
 from ._cpu_features import cpu_name, missing_features
 from ._tvm_artifact import LIBRARY, read_parameters
+from ._tvm_profile import KernelTime, profile
 
 _POOL = threading.Lock()
 
@@ -71,6 +72,12 @@ class LocalMachine:
         set_threads(import_tvm(), self._wanted_threads)  # the pool is the process's: another session may have set it
         outputs = self._vm[entry](*map(self._tensor, inputs), known[1])
         return [o.numpy() for o in outputs]
+
+    def profile(
+        self, entry: str, inputs: Sequence[Array], parameters: Sequence[str], ops: Sequence[tuple[str, str]], runs: int
+    ) -> list[KernelTime]:
+        """Time of every function that `entry` calls (`_tvm_profile.profile`)."""
+        return profile(self._vm, lambda: self.call(entry, inputs, parameters), ops, runs)
 
     def close(self) -> None:
         """Free the executable and its parameters."""

@@ -12,6 +12,7 @@ What is evidence of what:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -195,6 +196,10 @@ class OrtRuntime:
         if find_spec("onnxruntime") is not None:
             return None
         return message("onnxruntime is not installed", fix="pip install 's2d-deploy[ort]'")
+
+    def preload(self) -> None:
+        """Load the library, which opening an artifact would do otherwise."""
+        import_module("onnxruntime")
 
     def version(self) -> str:
         """The version of onnxruntime, "" where it is not installed."""

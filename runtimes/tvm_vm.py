@@ -29,7 +29,8 @@ from s2d_deploy.session import Array, Artifact, Audit, ExecutedOp, Feeds, Rung, 
 from ._cpu_features import byte_dot_product, cpu_name
 from ._tvm_artifact import read_description
 from ._tvm_cuda import GpuMachine, doctor_lines, gpu_audit, is_for_gpu
-from ._tvm_machine import LocalMachine, Machine, TimingMachine
+from ._tvm_machine import LocalMachine, Machine, TimingMachine, import_tvm
+from ._tvm_profile import KernelTime
 
 _RUNGS: dict[str, Rung] = {
     "fp32": "float",
@@ -116,7 +117,8 @@ class TvmSession:
         mnemonic: str = about["disassembly"]["mnemonic"]
         for name, op in about["ops"].items():
             kernel = op["kernels"][smallest]
-            ops.append(ExecutedOp(name, kernel, op["precision"], op["macs"], op["declared"]))
+            seen = mnemonic if counts.get(kernel) else ""
+            ops.append(ExecutedOp(name, kernel, op["precision"], op["macs"], op["declared"], seen))
             rungs.append(_executed_rung(op, bool(counts.get(kernel))))
             if op["note"]:
                 notes.append(f"{name}: runs in FP32, because {op['note']}")
@@ -131,6 +133,34 @@ class TvmSession:
             notes.append(f"built for batch sizes {_listing(self._batches)}; others are split and padded")
         declared = [r for r in rungs if r != "float"]
         return Audit(tuple(ops), lowest_rung(declared), evidence, tuple(notes))
+
+    def profile(self, feeds: Feeds, runs: int = 20) -> list[KernelTime]:
+        """Time of every compiled function in a run of `feeds`, in the order of the calls.
+
+        Args:
+            feeds: a batch of a size that was built.
+            runs: samples of each.
+
+        Raises:
+            UnsupportedError: it runs on another machine, or on a GPU.
+            DataError: wrong inputs, or a batch that would be run in pieces.
+        """
+        machine = self._open()
+        if not isinstance(machine, LocalMachine):
+            raise UnsupportedError(message("kernels are timed one by one on this machine's processor only"))
+        arrays = self._checked(feeds)
+        calls = list(self._calls(arrays, self._samples(arrays), "run"))
+        if len(calls) != 1:
+            raise DataError(
+                message(
+                    "a profile is of one batch",
+                    expected=f"a batch of {_listing(self._batches)}",
+                    found=f"{self._samples(arrays)} samples",
+                )
+            )
+        entry, inputs, _, batch = calls[0]
+        ops = [(name, op["kernels"][str(batch)]) for name, op in self._about["ops"].items()]
+        return machine.profile(entry, inputs, self._about["functions"][entry]["parameters"], ops, runs)
 
     def close(self) -> None:
         """Free the executable and its parameters. A closed session refuses to run."""
@@ -248,6 +278,10 @@ class TvmRuntime:
         if find_spec("tvm") is None:
             return "TVM is not installed: pip install 's2d-deploy[tvm]'"
         return None
+
+    def preload(self) -> None:
+        """Load the library, which opening an artifact would do otherwise."""
+        import_tvm()
 
     def version(self) -> str:
         """TVM's version, or "" where it is not installed."""

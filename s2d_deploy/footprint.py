@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from s2d_deploy.session import Artifact, Feeds
+from s2d_deploy.session import Artifact, Feeds, PreloadedRuntime
 
 log = logging.getLogger(__name__)
 _WARM_RUNS = 5
@@ -32,7 +32,7 @@ class Footprint:
     """What one process needs for one artifact.
 
     Attributes:
-        import_ms: loading the runtime's libraries.
+        import_ms: loading the runtime's libraries (0 where the adapter loads them with the artifact).
         open_ms: loading the artifact.
         first_run_ms: the first inference.
         memory_bytes: the most resident memory at any moment, less what was resident once the runtime was loaded.
@@ -75,7 +75,8 @@ def measure_footprint(artifact: Artifact, feeds: Feeds, *, threads: int) -> Foot
         np.savez(Path(folder) / "feeds.npz", **dict(feeds))  # type: ignore[arg-type]  # names of arrays, no options
         (Path(folder) / "task.json").write_text(json.dumps(task))
         command = [sys.executable, "-m", __name__, folder]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        # TVM without its compiler, as an artifact needs it.
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TVM_USE_RUNTIME_LIB": "1"}
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=_SECONDS, check=True, env=environment
@@ -100,8 +101,8 @@ def _child(folder: Path) -> Footprint:
         feeds = {name: stored[name] for name in stored.files}
     begin = time.perf_counter_ns()
     runtime = load_runtime(task["target"])
-    runtime.available()
-    runtime.version()
+    if isinstance(runtime, PreloadedRuntime):
+        runtime.preload()
     imported = time.perf_counter_ns()
     resident = _status("VmRSS")
     artifact = Artifact(Path(task["folder"]), task["target"], task["precision"], task["files"], task["info"])

@@ -113,3 +113,39 @@ def resources_table(results: Labelled) -> Markup | None:
             )
         )
     return table("resources", "Cold start, memory, roofline", columns, rows)
+
+
+def kernels_table(results: Labelled) -> Markup | None:
+    """Share of the multiply-accumulates by the kernel that executes them, and the instruction where it was seen."""
+    rows = []
+    for label, r in results:
+        ops = [op for op in (r.audit.ops if r.audit else []) if op.macs]
+        total = sum(op.macs or 0 for op in ops)
+        kinds: dict[tuple[str, str, str], int] = {}
+        for op in ops:
+            key = (op.kernel or "", op.instruction or "", op.precision or "")
+            kinds[key] = kinds.get(key, 0) + (op.macs or 0)
+        for (kernel, instruction, precision), macs in sorted(kinds.items(), key=lambda item: -item[1]):
+            share = macs / total
+            rows.append(
+                tag(
+                    "tr",
+                    cell(label, head=True),
+                    cell(kernel),
+                    cell(instruction),
+                    cell(precision),
+                    num(fmt.percent(share), share),
+                    num(fmt.count(macs), macs),
+                )
+            )
+    if not rows:
+        return None
+    columns = [
+        Column("Result"),
+        Column("Kernel"),
+        Column("Instruction", False, "read from the compiled code, where it was looked at"),
+        Column("Executed"),
+        Column("Share", True, "of the multiply-accumulates"),
+        Column("MACs", True, "of one sample"),
+    ]
+    return table("kernels", "Multiply-accumulates by kernel", columns, rows)

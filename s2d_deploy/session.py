@@ -37,6 +37,7 @@ class ExecutedOp:
         precision: the arithmetic that is executed: ``"int8"`` (8-bit multipliers), ``"int4"``, ``"float32"``, ...
         macs: multiply-accumulates for one sample of the model's input.
         declared: what the plan promised, as ``"W4A4"``, or ``"float"`` where the plan quantizes nothing.
+        instruction: that multiplies, where the compiled code was looked at, e.g. ``"vpdpbusd"``; "" where not.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ExecutedOp:
     precision: str
     macs: int
     declared: str = "float"
+    instruction: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,15 @@ class Runtime(Protocol):
             ArtifactError: truncated or foreign.
             RuntimeUnavailable, DeviceUnavailable: it cannot run here.
         """
+        ...
+
+
+@runtime_checkable
+class PreloadedRuntime(Protocol):
+    """What a runtime has, too, whose library can be loaded apart from an artifact, so that each can be measured."""
+
+    def preload(self) -> None:
+        """Load the library."""
         ...
 
 

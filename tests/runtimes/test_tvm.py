@@ -309,7 +309,20 @@ def test_audit_tells_what_runs(session: Any) -> None:
     assert audit.mismatches() == []
     assert audit.executed == pytest.approx({"int8": 7 / 9, "float32": 2 / 9})
     if "vpdpbusd" in audit.evidence:
+        assert {op.instruction for op in audit.ops if op.precision == "int8"} == {"vpdpbusd"}
+        assert {op.instruction for op in audit.ops if op.precision == "float32"} == {""}
         assert re.search(r"vpdpbusd in (\d+) of \1 integer kernels", audit.evidence)
+
+
+def test_a_profile_names_the_kernel_of_every_contraction(session: Any) -> None:
+    found = session.profile(images(1), runs=3)
+    audited = {op.name: op.kernel for op in session.audit().ops}
+    assert {k.op: k.function for k in found if k.op} == audited
+    assert all(len(k.samples_us) == 3 and k.p50_us > 0 for k in found)
+    # Watching ends with the profile.
+    session.run(images(1))
+    with pytest.raises(DataError, match="a profile is of one batch"):
+        session.profile(images(5))
 
 
 def test_an_artifact_without_a_linker_runs_the_same(
