@@ -3,8 +3,8 @@
 For each op that can be written in several forms (`_ort_rewrite.forms_of`), the op is cut out of the common file with
 its quantizers and its bias, each form is built and opened as an artifact would be, and all forms take turns in one
 process (`s2d_deploy.latency`). Ops that do the same work are measured once. A quantized form is kept where it takes at
-most ``1 - margin`` of the time of the float form; otherwise the op stays in float: the stored weight dequantized when the
-session loads, the activations not rounded. Exact forms must give the same output as the default form, or they are out.
+most ``1 - margin`` of the time of the float form; otherwise the op stays in float: the stored weight dequantized when
+the session loads, the activations not rounded. Exact forms must give the default form's output, or they are out.
 
 Then the whole model is measured in the placement that was found, in the default one, and in float, and the same rule
 decides once more, because an op alone does not share quantizers, and finds its weights in the cache. The placement that
