@@ -16,12 +16,14 @@ from s2d_deploy.bundle_check import SIMULATED, Claim, Evidence
 from s2d_deploy.code_hashes import hash_codes, read_hashes
 from s2d_deploy.deployment import Deployment
 from s2d_deploy.host import cpu_model, versions
+from s2d_deploy.manifest import differences
 from s2d_deploy.paired import paired_drop
 from s2d_deploy.pipeline import Pipeline
 from s2d_deploy.precision import BASELINE
 from s2d_deploy.run import data_of
 
-# What a stage makes that the machine's speed or the day has no part in.
+_PLACES = ("data.path:", "model.pretrained:", "model.weights:")  # where things lie is no part of what they are
+# Stages that the machine's speed and the day have no part in.
 _STABLE = ("train", "condition", "calibrate", "quantize", "onnx")
 
 
@@ -35,9 +37,13 @@ def rerun(evidence: Evidence, pipeline: Pipeline) -> list[Claim]:
     Raises:
         S2DDeployError: the recipe cannot be run here: data missing, a stage failed.
     """
+    changed = [
+        text for text in differences(evidence.recipe, pipeline.recipe.document()) if not text.startswith(_PLACES)
+    ]
+    claims = [Claim("the bundle's own recipe is run", not changed, "; ".join(changed))]
     stated = (evidence.report.get("data") or {}).get("sha256")
     found = data_of(pipeline)
-    claims = [Claim(f"run on the same {found['samples']} samples", stated == found["sha256"], found["sha256"][:12])]
+    claims.append(Claim(f"run on the same {found['samples']} samples", stated == found["sha256"], found["sha256"][:12]))
     if stated != found["sha256"]:
         return claims
     rows = {(r["target"], r["precision"]): r for r in evidence.report["results"] if r["status"] == "measured"}

@@ -435,6 +435,7 @@ def test_a_run_packs_checks_and_runs_again(commands: Commands):
     other = commands("report", "--check", "e.zip", "--rerun", "--set", "data.test_samples=12")
     assert other.code == 1
     assert "DOES NOT HOLD: run on the same 12 samples" in other.stdout
+    assert "DOES NOT HOLD: the bundle's own recipe is run (data.test_samples: 24 -> 12)" in other.stdout
     # A baseline of the same run, by the recipe: its verdicts stand in the run's own report.
     made = commands("gate", "packed.yaml", "--baseline", "b.json", "--write")
     assert made.code == 0, made.stderr
