@@ -292,7 +292,7 @@ class Deployment:
             self.runtime.device()  # before anything is built for it
         except UnavailableError as error:  # asked for by address, so an error whether or not it is required
             self._broke(error)
-            return [self._empty_row(p) | {"reason": str(error)} for p in self.pipeline.precisions]
+            return [self._empty_row(p) | {"reason": str(error)} for p in self.pipeline.precisions] + self._broken_rows()
         # The stages that all targets share, first: what breaks there is no target's fault, and is raised.
         for precision in self.pipeline.precisions:
             self.pipeline.onnx(precision)
@@ -306,7 +306,11 @@ class Deployment:
         float_size = rows[BASELINE].get("size_bytes")
         for row in rows.values():
             row["float_size_bytes"] = float_size
-        return list(rows.values())
+        return [*rows.values(), *self._broken_rows()]
+
+    def _broken_rows(self) -> list[Row]:
+        """Of precisions that could not be made for any target."""
+        return [self._empty_row(p) | {"reason": _words(error)} for p, error in self.pipeline.broken.items()]
 
     def _add_latency(self, rows: Mapping[str, Row]) -> None:
         try:

@@ -83,6 +83,7 @@ class Pipeline:
     def __init__(self, recipe: Recipe, store: RunFolder, display: Display) -> None:
         self.recipe, self.store, self.display = recipe, store, display
         self._stages: dict[str, Stage] = {}
+        self.broken: dict[str, Exception] = {}  # precisions that could not be made; the others go on
 
     # ---- what the stages read -------------------------------------------------------------------------------
 
@@ -157,8 +158,8 @@ class Pipeline:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """The baseline, then what the recipe asks for."""
-        return (BASELINE, *self.recipe.quantize.precisions)
+        """The baseline, then what the recipe asks for, without what is `broken`."""
+        return (BASELINE, *(p for p in self.recipe.quantize.precisions if p not in self.broken))
 
     def test_batches(self) -> Iterator[Batch]:
         """The test split."""
@@ -531,10 +532,7 @@ class Pipeline:
         """The error analysis of every precision but the baseline's; empty where the recipe asks for none."""
         if not self.recipe.quantize.error_samples:
             return []
-        return [
-            {"precision": p, **read_json(self.errors(p).folder / "errors.json")}
-            for p in self.recipe.quantize.precisions
-        ]
+        return [{"precision": p, **read_json(self.errors(p).folder / "errors.json")} for p in self.precisions[1:]]
 
     def _context(self, step: Step, precision: str) -> Context:
         """What the passes read. Histograms are kept by the model they are of, whichever recipe made it."""

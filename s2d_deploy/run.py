@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from s2d_deploy.deployment import Deployment, Row
-from s2d_deploy.errors import exit_code_of
+from s2d_deploy.errors import StageError, exit_code_of
 from s2d_deploy.files import digest
 from s2d_deploy.gate import GateVerdict, exit_code, overall
 from s2d_deploy.host import host_facts, versions
@@ -21,6 +22,8 @@ from s2d_deploy.precision import BASELINE
 from s2d_deploy.report import assemble, write_reports
 from s2d_deploy.store import read_json
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -30,7 +33,8 @@ class Outcome:
         report: the report document.
         files: report.json, report.md, report.html, junit.xml.
         exit_code: 0 all gates passed, 1 a gate failed or is undecided; that of the gravest error, where there is one.
-        errors: what broke in single targets; they stand in the report as the reason of an "unavailable" result.
+        errors: what broke in single targets or precisions; each stands in the report as the reason of an
+            "unavailable" result.
     """
 
     report: dict[str, Any]
@@ -44,7 +48,8 @@ def run(
 ) -> Outcome:
     """All stages, gates and reports.
 
-    A target that breaks does not take the others with it: it is reported as unavailable, and the outcome says so.
+    A target or a precision that breaks does not take the others with it: it is reported as unavailable, and the
+    outcome says so.
 
     Args:
         pipeline: the recipe in its run folder.
@@ -54,24 +59,38 @@ def run(
             they do not replace those of the whole.
 
     Raises:
-        S2DDeployError: a stage that all targets share failed; what was finished before is kept.
+        S2DDeployError: a stage that all precisions share failed; what was finished before is kept.
     """
     recipe = pipeline.recipe
     rows: list[Row] = []
     errors: list[Exception] = []
-    for precision in pipeline.precisions:
-        pipeline.onnx(precision)
+    _make_models(pipeline)
     pipeline.error_analyses()
     for section in recipe.targets:
         deployment = Deployment(pipeline, section)
         rows += deployment.rows(bench=bench)
         errors += deployment.errors
+    errors += pipeline.broken.values()
     verdicts = gates(recipe, rows)
     document = document_of(pipeline, rows, verdicts, command)
     root = pipeline.store.root
     files = write_reports(document, root / "parts" / part if part else root)
     code = max(map(exit_code_of, errors)) if errors else exit_code(overall(verdicts))
     return Outcome(document, files, code, tuple(errors))
+
+
+def _make_models(pipeline: Pipeline) -> None:
+    """The common ONNX file of every precision; one that cannot be made does not take the others with it."""
+    for precision in pipeline.precisions:
+        try:
+            pipeline.onnx(precision)
+        except StageError:  # of the machine: nothing after it could be written either
+            raise
+        except Exception as error:
+            if precision == BASELINE:
+                raise
+            log.info("%s broke", precision, exc_info=error)
+            pipeline.broken[precision] = error
 
 
 def document_of(

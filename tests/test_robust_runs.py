@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command_line import TINY, Commands, stages
 
 from s2d_deploy.errors import ArtifactError, StageError
 from s2d_deploy.session import Artifact
@@ -205,3 +207,29 @@ def test_an_artifacts_file_stays_in_its_folder(tmp_path: Path, name: object):
         _ = artifact.size_bytes
     with pytest.raises(ArtifactError, match="no file for 'weights'"):
         artifact.path("weights")
+
+
+def test_a_precision_that_cannot_be_made_leaves_the_others(commands: Commands, tmp_path: Path):
+    """The best that there is so far: a report with the other precisions, the reason, and an exit code."""
+    model = {k: v for k, v in TINY["model"]["config"].items() if k != "num_hidden_layers"} | {"num_hidden_layers": 1}
+    document = TINY | {
+        "model": {"config": model | {"intermediate_size": 40}},
+        "condition": {"method": "none"},
+        "quantize": {"precisions": ["w4a16", "w8a8"], "error_samples": 0},
+    }
+    path = commands.recipe(document, "narrow.yaml")
+    result = commands("run", path, "-o", tmp_path / "run")
+    assert result.code == 2
+    assert "Traceback" not in result.stderr
+    assert "width not divisible by the block size" in result.stderr
+    rows = {row["precision"]: row for row in json.loads((tmp_path / "run" / "report.json").read_text())["results"]}
+    assert {p: row["status"] for p, row in rows.items()} == {
+        "fp32": "measured",
+        "w8a8": "measured",
+        "w4a16": "unavailable",
+    }
+    assert "width not divisible by the block size" in rows["w4a16"]["reason"]
+    assert {"quantize/w8a8", "verify/reference/w8a8"} <= set(stages(tmp_path / "run"))
+    again = commands("run", path, "-o", tmp_path / "run")
+    assert again.code == 2
+    assert all(again.done.values()), "what was finished is kept"
