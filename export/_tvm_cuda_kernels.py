@@ -6,6 +6,7 @@ from typing import Any
 
 from . import _tvm_cuda_products as products
 from . import _tvm_cuda_rows as rows_
+from ._tvm_cuda_floats import float_kernel
 from ._tvm_cuda_isa import CudaIsa
 from ._tvm_epilogue import Epilogue, Place, Step
 from ._tvm_kernels import Geometry
@@ -39,7 +40,7 @@ class CudaKernels:
         return self.integer(geometry, stored), rows_.softmax_codes_kernel(shape, code, depth)
 
     def floats(self, panels: Panels, batch: int, rows: int) -> Any:
-        return products.float_kernel(panels, batch, rows)
+        return float_kernel(panels, batch, rows)
 
     def panels(self, batch: tuple[int, int], panels: Panels, source: Place, offset: int) -> Any:
         return rows_.panels_kernel(batch, panels, source, offset)

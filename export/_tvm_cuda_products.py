@@ -1,4 +1,4 @@
-"""TensorIR kernels for CUDA: exact integer products with an epilogue, and FP32 ones.
+"""TensorIR kernels for CUDA: exact integer products with an epilogue.
 
 A block of threads makes one tile: up to 64 rows times one panel of columns, one warp for each 16 rows. It walks over K
 in stages of 64 codes: all threads bring a stage from global to shared memory (4-bit codes are unpacked, or packed,
@@ -23,9 +23,9 @@ from typing import Any
 from ._tvm_builder import ir, prim_func, ramp, when
 from ._tvm_cuda_intrinsics import barrier, dp4a, mma
 from ._tvm_cuda_isa import CudaIsa
+from ._tvm_cuda_words import constant, packed, signed_nibbles
 from ._tvm_epilogue import Epilogue, place_of, store
 from ._tvm_kernels import Geometry
-from ._tvm_panels import Panels
 
 WARP = 32
 _STAGE = 64  # codes of K that a stage brings
@@ -272,11 +272,11 @@ class _Tile:
             high: Any = self._word(self.a, place + word * 8 + 4, aligned)
             if self.runs % 2:
                 high = tirx.if_then_else(word * 2 + 1 < self.runs, high, tirx.const(0, "int32"))
-            value = _packed(low, high)
+            value = packed(low, high)
         else:
             value = self._word(self.a, place + word * 4, aligned)
             if kind.flip:
-                value = tirx.bitwise_xor(value, _word_const(0x80808080))
+                value = tirx.bitwise_xor(value, constant(0x80808080))
         return _where(inside, value)
 
     def _right_word(self, base: Any, stage: Any, item: int) -> Any:
@@ -294,7 +294,7 @@ class _Tile:
             high: Any = self._word(self.right, base + (stored_run * 2 + 1) * line + column * 4, True)
             if self.runs % 2:
                 high = tirx.if_then_else(stored_run * 2 + 1 < self.runs, high, tirx.const(0, "int32"))
-            return _where(inside, _packed(low, high))
+            return _where(inside, packed(low, high))
         stored_runs = self.panels.stored_shape[1]
         if stored_runs % per_stage or self._right_items % self.threads:
             inside.append(stored_run < stored_runs)
@@ -311,11 +311,11 @@ class _Tile:
         if self.kind.small or self.panels.bits == 8:
             b.buffer_store(self.shared, word, [run * self.right_pitch + column])
             return
-        fours = _word_const(0x0F0F0F0F)
+        fours = constant(0x0F0F0F0F)
         halves = (word, tirx.shift_right(word, tirx.const(4, "int32")))
         for i, half in enumerate(halves):
             b.buffer_store(
-                self.shared, _signed_nibbles(tirx.bitwise_and(half, fours)), [(run * 2 + i) * self.right_pitch + column]
+                self.shared, signed_nibbles(tirx.bitwise_and(half, fours)), [(run * 2 + i) * self.right_pitch + column]
             )
 
     # From shared memory to accumulators
@@ -407,83 +407,3 @@ def _where(conditions: list[Any], value: Any) -> Any:
     from tvm import tirx
 
     return tirx.if_then_else(tirx.all(*conditions), value, tirx.const(0, "int32")) if conditions else value
-
-
-def _word_const(word: int) -> Any:
-    from tvm import tirx
-
-    return tirx.const(word - (1 << 32) if word >= 1 << 31 else word, "int32")
-
-
-def _packed(low: Any, high: Any) -> Any:
-    """Eight codes in a word, as stored weights have them: the low halves of `low`, then those of `high`, in turn."""
-    from tvm import tirx
-
-    fours = _word_const(0x0F0F0F0F)
-    upper = tirx.shift_left(tirx.bitwise_and(high, fours), tirx.const(4, "int32"))
-    return tirx.bitwise_or(tirx.bitwise_and(low, fours), upper)
-
-
-def _signed_nibbles(word: Any) -> Any:
-    """Four bytes of 0 to 15 as signed 4-bit codes: ``(x ^ 8) - 8`` in each, and no borrow crosses a byte."""
-    from tvm import tirx
-
-    lifted = tirx.bitwise_xor(word, _word_const(0x88888888))  # (x ^ 8) + 128
-    return tirx.bitwise_xor(lifted - _word_const(0x08080808), _word_const(0x80808080))
-
-
-@lru_cache(maxsize=512)
-def float_kernel(panels: Panels, batch: int, rows: int) -> Any:
-    """``(batch, rows, depth) x (batch, *shape) -> (batch, rows, columns)``, all float32: see `_tvm_kernels`.
-
-    A block of 16 x 16 threads makes 64 rows times a panel, each thread four rows and every 16th column.
-    """
-    from tvm import tirx
-
-    b, (count, runs, width) = ir(), panels.shape
-    step, tall, wide = 16, 4, width // 16
-    row_tiles, depth, columns = -(-rows // 64), panels.depth, panels.columns
-
-    def body(a: Any, right: Any, o: Any) -> None:
-        tasks = batch * count * row_tiles
-        with b.launch_thread("blockIdx.x", tasks) as task, b.launch_thread("threadIdx.x", 256) as thread:
-            tile, p, product = task % row_tiles, task // row_tiles % count, task // (row_tiles * count)
-            ty, tx = thread // 16, thread % 16
-            left = b.alloc_buffer((64 * (step + 1),), "float32", scope="shared")
-            shared = b.alloc_buffer((step * width,), "float32", scope="shared")
-            acc = b.alloc_buffer((tall * wide,), "float32", scope="local")
-            zero = tirx.const(0.0, "float32")
-            for i in range(tall * wide):
-                b.buffer_store(acc, zero, [i])
-            base = (product * count + p) * runs * width
-            with b.serial(0, -(-runs // step)) as stage:
-                for i in range(64 * step // 256):
-                    row, k = tile * 64 + i * 16 + ty, stage * step + tx
-                    value = a[(product * rows + row) * depth + k]
-                    value = tirx.if_then_else(tirx.all(row < rows, k < depth), value, zero)
-                    b.buffer_store(left, value, [(i * 16 + ty) * (step + 1) + tx])
-                for i in range(step * width // 256):
-                    at = i * 256 + thread
-                    k = stage * step + at // width
-                    value = tirx.if_then_else(k < runs, right[base + k * width + at % width], zero)
-                    b.buffer_store(shared, value, [at])
-                barrier()
-                with b.serial(0, step) as k:
-                    for i in range(tall):
-                        for j in range(wide):
-                            value = left[(ty + 16 * i) * (step + 1) + k] * shared[k * width + tx + 16 * j]
-                            b.buffer_store(acc, acc[i * wide + j] + value, [i * wide + j])
-                barrier()
-            for i in range(tall):
-                row = tile * 64 + ty + 16 * i
-                with when(_all([row < rows] if rows % 64 else [])):
-                    for j in range(wide):
-                        place = (product * rows + row) * columns + p * width + tx + 16 * j
-                        b.buffer_store(o, acc[i * wide + j], [place])
-
-    arguments = [
-        ("a", (batch, rows, depth), "float32"),
-        ("b", (batch, *panels.shape), "float32"),
-        ("o", (batch, rows, columns), "float32"),
-    ]
-    return prim_func(arguments, body)

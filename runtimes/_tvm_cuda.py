@@ -107,7 +107,8 @@ def gpu_audit(about: dict[str, Any], batch: int) -> Audit:
     for name, op in about["ops"].items():
         kernel = op["kernels"][str(batch)]
         within = instructions.get(kernel, {})
-        ops.append(ExecutedOp(name, kernel, executed_precision(op, within), op["macs"], op["declared"]))
+        seen = ", ".join(sorted(within)) if op["arithmetic"] == "integer" else ""
+        ops.append(ExecutedOp(name, kernel, executed_precision(op, within), op["macs"], op["declared"], seen))
         rungs.append(_rung(op, within))
         if op["note"]:
             notes.append(f"{name}: runs in FP32, because {op['note']}")

@@ -7,6 +7,7 @@ import math
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,19 +19,27 @@ tvm = pytest.importorskip("tvm")
 import cuda_emulator  # noqa: E402
 from common_graphs import linear  # noqa: E402
 
-from s2d_deploy.errors import ArtifactError, DeviceUnavailable, RecipeError, RuntimeUnavailable  # noqa: E402
+from s2d_deploy.errors import (  # noqa: E402
+    ArtifactError,
+    DeviceUnavailable,
+    RecipeError,
+    RuntimeUnavailable,
+    UnsupportedError,
+)
 from s2d_deploy.export import _tvm_cuda_rows as rows_  # noqa: E402, TID251
 from s2d_deploy.export import to_tvm  # noqa: E402, TID251
 from s2d_deploy.export._tvm_cuda_compile import compile_source, require_cuda_compiler  # noqa: E402, TID251
+from s2d_deploy.export._tvm_cuda_floats import float_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_cuda_isa import CudaIsa, best_unit, cuda_target, parse_device  # noqa: E402, TID251
 from s2d_deploy.export._tvm_cuda_link import replace_source  # noqa: E402, TID251
-from s2d_deploy.export._tvm_cuda_products import SmallGeometry, float_kernel, integer_kernel  # noqa: E402, TID251
+from s2d_deploy.export._tvm_cuda_products import SmallGeometry, integer_kernel  # noqa: E402, TID251
 from s2d_deploy.export._tvm_epilogue import Epilogue, Place, Step  # noqa: E402, TID251
 from s2d_deploy.export._tvm_kernels import Geometry  # noqa: E402, TID251
 from s2d_deploy.export._tvm_panels import Panels, panel_width  # noqa: E402, TID251
 from s2d_deploy.registry import load_runtime, load_target  # noqa: E402
 from s2d_deploy.runtimes._tvm_cuda import gpu_audit, multiplies_4_bits, runs_on  # noqa: E402, TID251
 from s2d_deploy.runtimes._tvm_cuda_toolkit import cuda_compiler, nvrtc_bindings  # noqa: E402, TID251
+from s2d_deploy.runtimes._tvm_rpc import RemoteMachine  # noqa: E402, TID251
 from s2d_deploy.session import Artifact  # noqa: E402
 
 emulation = pytest.mark.skipif(cuda_emulator.missing() is not None, reason=str(cuda_emulator.missing()))
@@ -408,6 +417,7 @@ def test_an_artifact_says_what_it_executes(
     assert not audit.mismatches()
     (instruction,) = about["disassembly"]["instructions"][kernel]
     assert f"{instruction} in 1 of 1" in audit.evidence
+    assert audit.ops[0].instruction == instruction
     assert artifact.info["rung"] == rung
     assert artifact.info["audit"]["ops"][0]["kernel"] == kernel
 
@@ -430,6 +440,21 @@ def test_without_a_gpu_an_artifact_is_refused(artifacts: Any) -> None:
     with pytest.raises(DeviceUnavailable, match=expected) as caught:
         runtime.open(artifacts("cuda -arch=sm_86", "INT4"), threads=1)
     assert caught.value.exit_code == 3
+
+
+@compiler
+def test_no_gpu_is_reached_over_rpc(artifacts: Any) -> None:
+    artifact = artifacts("cuda -arch=sm_86", "INT4")
+    about = json.loads(artifact.path("description").read_text())
+    link: Any = SimpleNamespace(address="rpc://board:9190", features=None)
+    with pytest.raises(UnsupportedError, match=r"for CUDA are not run over RPC. Found: .*capability 8\.6"):
+        RemoteMachine(artifact, about, link, 1)
+
+
+def test_the_device_of_a_report_is_the_gpu_that_was_built_for() -> None:
+    runtime = load_runtime("tvm")
+    assert runtime.device_for({"device": "cuda -arch=sm_86"}) == "gpu: cuda -arch=sm_86"
+    assert runtime.device_for({"device": "llvm"}) == runtime.device() == runtime.device_for({})
 
 
 @compiler
