@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -30,6 +29,7 @@ from ._tvm_emit import Emitter
 from ._tvm_import import GraphImporter, product_params
 from ._tvm_isa import Isa, host_name, isa_of, require_known_processor, required_features, resolve_target
 from ._tvm_products import Product, Stored, lower_product, token_operands
+from ._tvm_quiet import muted_stderr
 from ._tvm_schedule import schedule_loops
 from ._tvm_static import StaticGraph, fix_dimensions
 from ._tvm_tune import Tuned, Tuning, tune_loops
@@ -331,7 +331,7 @@ def _compile(module: Any, target: Any, isa: Isa | CudaIsa, made: dict[str, Devic
         t.AttachGlobalSymbol(),
     ]
     try:
-        with target, _quiet(), own_compiler(isa, made) if isinstance(isa, CudaIsa) else contextlib.nullcontext():
+        with target, muted_stderr(), own_compiler(isa, made) if isinstance(isa, CudaIsa) else contextlib.nullcontext():
             module = tvm.transform.Sequential(front)(module)
             module = loops(module)
             module = tvm.transform.Sequential(back)(module)
@@ -344,20 +344,6 @@ def _compile(module: Any, target: Any, isa: Isa | CudaIsa, made: dict[str, Devic
                 fix="build with another target, or report the model",
             )
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep TVM's C++ notes off the terminal: it warns on standard error of every Gather that it compiles."""
-    saved = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
 
 
 def _instructions(executable: Any, isa: Isa) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from s2d_deploy.errors import RecipeError, message
 from s2d_deploy.runtimes._cpu_features import cpu_features, cpu_name
 
+from ._tvm_quiet import muted_stderr
+
 NATIVE = "native"
 # LLVM's names for features, and the kernel's (/proc/cpuinfo), for everything that a refusal may have to name.
 _KERNEL_NAMES = {
@@ -157,10 +159,10 @@ def resolve_target(device: str) -> dict[str, Any]:
 
 
 def require_known_processor(target: dict[str, Any]) -> None:
-    """Refuse a processor that LLVM does not know for its triple: it would build for a plain one, and only log that.
+    """Refuse what LLVM does not know for its triple: it would build for something plainer, and only log that.
 
     Raises:
-        RecipeError: not a processor of that triple.
+        RecipeError: a processor, or features, that it does not know.
     """
     from tvm.target.codegen import llvm_get_system_triple, llvm_is_valid_cpu
 
@@ -173,6 +175,25 @@ def require_known_processor(target: dict[str, Any]) -> None:
                 fix="for example x86-64-v3, or for -mtriple=aarch64-linux-gnu cortex-a76",
             )
         )
+    words = target.get("mattr", ())
+    unsigned = [word for word in words if word[:1] not in "+-" or len(word) < 2]
+    unknown = unsigned or [word for word in words if word[0] == "+" and not _has_feature(target, word[1:])]
+    if unknown:
+        raise RecipeError(
+            message(
+                f"LLVM knows no feature {', '.join(map(repr, unknown))} for {triple}",
+                expected="+name or -name, separated by commas, as `llc -mattr=help` lists them",
+                fix="for example -mattr=+avx512vnni, or for aarch64 -mattr=+neon,+dotprod",
+            )
+        )
+
+
+def _has_feature(target: dict[str, Any], name: str) -> bool:
+    import tvm
+    from tvm.target.codegen import target_has_features
+
+    with muted_stderr():
+        return bool(target_has_features(name, tvm.target.Target(target)))
 
 
 def isa_of(target: Any) -> Isa:

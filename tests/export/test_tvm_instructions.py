@@ -24,7 +24,7 @@ tvm = pytest.importorskip("tvm")
 
 from common_graphs import Common  # noqa: E402
 
-from s2d_deploy.errors import DeviceUnavailable, RuntimeUnavailable  # noqa: E402
+from s2d_deploy.errors import DeviceUnavailable, RecipeError, RuntimeUnavailable  # noqa: E402
 from s2d_deploy.export import _tvm_isa, to_tvm  # noqa: E402, TID251
 from s2d_deploy.export import _tvm_math as fast  # noqa: E402, TID251
 from s2d_deploy.export._tvm_attention import panels_kernel  # noqa: E402, TID251
@@ -436,3 +436,25 @@ def test_a_linker_of_another_platform_is_named(
     monkeypatch.setenv("CXX", command)
     with pytest.raises(RuntimeUnavailable, match=rf"cannot link TVM's code.*{found}.*CXX='zig c\+\+ -target"):
         build(tmp_path, foreign)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("llvm -mcpu=x86-64-v3 -mattr=+avx512vni", r"'\+avx512vni' for x86_64"),
+        ("llvm -mcpu=x86-64-v3 -mattr=+avx512f,+nonsense", r"no feature '\+nonsense'"),
+        ("llvm -mtriple=aarch64-linux-gnu -mattr=+neon,+i8m", r"'\+i8m' for aarch64"),
+        ("llvm -mcpu=x86-64-v3 -mattr=avx2", r"no feature 'avx2'.*\+name or -name"),
+    ],
+)
+def test_features_that_llvm_does_not_know_are_refused(device: str, words: str) -> None:
+    """LLVM would ignore them, and the artifact would run slower than its name says."""
+    if "x86" in device and not _tvm_isa.is_x86(tvm.target.Target("llvm")):
+        pytest.skip("names of x86-64")
+    with pytest.raises(RecipeError, match=words):
+        _tvm_isa.require_known_processor(resolve_target(device))
+
+
+def test_features_that_llvm_knows_pass(capfd: pytest.CaptureFixture[str]) -> None:
+    _tvm_isa.require_known_processor(resolve_target("llvm -mtriple=aarch64-linux-gnu -mattr=+neon,+dotprod,-sve"))
+    assert not capfd.readouterr().err
