@@ -1,4 +1,4 @@
-"""Parity explained, for report.html: findings in sentences, the gap in parts, the error budget beside what is seen."""
+"""Parity explained, for report.html: findings in words, the gap in parts, the error budget beside what is seen."""
 
 from __future__ import annotations
 
