@@ -266,6 +266,10 @@ def _rows(
     for node in model.graph.node:
         for value in node.input:
             followers.setdefault(value, []).append(node)
+    # A provider that compiles whole subgraphs shows neither their layers nor their arithmetic.
+    compiled = sorted({e.provider for e in optimized.events.values() if e.provider not in ("", CPU)})
+    if optimized.optimized is not None or not compiled:
+        compiled = []
     rows = []
     for layer in layers:
         node = layer.node
@@ -276,20 +280,33 @@ def _rows(
         macs = 0 if shape is None else macs_of(node, shape.inputs, shape.outputs, stored)
         executed = _arithmetic(kernel, event)
         provider = event.provider if event is not None else ""
+        hidden = event is None and bool(compiled)
+        if hidden:
+            provider = compiled[0]
         rows.append(
             LayerAudit(
                 layer.name,
                 node.op_type,
                 layer.declared,
-                kernel.op_type if kernel is not None else event.kernel if event is not None else "unseen",
+                "compiled" if hidden else _kernel_name(kernel, event),
                 executed,
                 short_name(provider) if provider else "unseen",
                 macs,
                 None if event is None else event.microseconds,
-                _difference(layer, kernel, executed, provider, wanted),
+                _hidden(layer, provider) if hidden else _difference(layer, kernel, executed, provider, wanted),
             )
         )
     return rows
+
+
+def _kernel_name(kernel: onnx.NodeProto | None, event: Event | None) -> str:
+    return str(kernel.op_type) if kernel is not None else event.kernel if event is not None else "unseen"
+
+
+def _hidden(layer: Layer, provider: str) -> str:
+    if layer.declared == "float":
+        return ""
+    return f"compiled by {short_name(provider)}, which does not say in which arithmetic it computes"
 
 
 def _fused_attention(

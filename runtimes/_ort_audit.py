@@ -14,10 +14,12 @@ from typing import Any
 
 import onnx
 
+from s2d_deploy.errors import ArtifactError
 from s2d_deploy.qgraph import attributes, metadata
 from s2d_deploy.session import Audit, ExecutedOp, Rung, lowest_rung
 
 from ._ort_loading import PLACED, new_session
+from ._ort_providers import CPU, asked_for, short_name
 
 INTEGER_KERNELS = frozenset(
     {"MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "ConvInteger", "QLinearConv", "QLinearMatMul",
@@ -27,6 +29,7 @@ FLOAT_KERNELS = frozenset(
     {"MatMul", "FusedMatMul", "Gemm", "FusedGemm", "MatMulNBits", "Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose",
      "Einsum", "Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedAttention", "GemmFloat8"}
 )  # fmt: skip
+COMPILED = "compiled nodes"  # of onnxruntime's refusal to save what a provider has compiled
 _INT8_LEVEL = 4  # MatMulNBits accuracy_level that rounds activations to INT8
 _SOURCES = ("MatMul", "Gemm", "Conv", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits")
 # What a kernel may compute along with its product: elementwise, or the quantizer of its output.
@@ -57,9 +60,23 @@ def audit_graph(model: onnx.ModelProto, path: Path, info: Mapping[str, Any], ver
     """
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
-        new_session(path, info, 1, optimized=target)
+        try:
+            new_session(path, info, 1, optimized=target)
+        except ArtifactError as error:
+            if COMPILED not in str(error):
+                raise
+            return _unseen(model, info, version)
         optimized = onnx.load(target, load_external_data=False)
     return compare(model, optimized, f"optimized graph saved by onnxruntime {version}")
+
+
+def _unseen(model: onnx.ModelProto, info: Mapping[str, Any], version: str) -> Audit:
+    """Of a provider that compiles whole subgraphs: nothing is known of what they compute in, and nothing is claimed."""
+    empty = onnx.ModelProto()
+    seen = compare(model, empty, "")
+    names = ", ".join(short_name(name) for name, _ in asked_for(info) if name != CPU)
+    note = f"compiled by {names}, which does not say in which arithmetic it computes"
+    return Audit(seen.ops, seen.rung, f"onnxruntime {version} cannot save a graph with compiled nodes", (note,))
 
 
 def compare(model: onnx.ModelProto, optimized: onnx.ModelProto, evidence: str) -> Audit:

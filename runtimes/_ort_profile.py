@@ -17,6 +17,7 @@ import onnx
 
 from s2d_deploy.session import Array
 
+from ._ort_audit import COMPILED
 from ._ort_loading import new_session
 
 _RUNS = 3
@@ -78,7 +79,7 @@ def profiled(
         try:
             session = new_session(model, info, threads, saved, profile=Path(folder) / "profile", weights=weights)
         except Exception as error:
-            if "compiled nodes" not in str(error):  # what a provider compiles cannot be saved
+            if COMPILED not in str(error):  # what a provider compiles cannot be saved
                 raise
             saved = None
             session = new_session(model, info, threads, profile=Path(folder) / "profile", weights=weights)

@@ -8,11 +8,12 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common_graphs import linear
+from common_graphs import linear, quantized
 
 from s2d_deploy.cli import main
 from s2d_deploy.doctor import examine_runtime
@@ -100,6 +101,29 @@ def test_the_audit_names_what_the_cpu_did_for_another(artifact):
     document = RUNTIME.audit_file(artifact.path("model"), shapes={}, options={"providers": ["azure", "cpu"]}, threads=1)
     assert document["providers"] == ["azure", "cpu"]
     assert [row["differs"] for row in document["layers"]] == ["fell back to the CPU from azure"]
+
+
+@pytest.mark.skipif(
+    "OpenVINOExecutionProvider" not in ort.get_available_providers(), reason="onnxruntime-openvino is not installed"
+)
+@pytest.mark.parametrize(("precision", "weight", "activation"), [("w8a8", "INT8", "INT8"), ("w4a4", "INT4", "INT4")])
+def test_openvino_computes_the_integers_and_admits_that_it_is_not_seen(tmp_path, precision, weight, activation):
+    model, codes, scale, _, bias, step = linear(precision, weight, activation, k=64, n=32)
+    onnx.save(model, tmp_path / "common.onnx")
+    options = {"providers": ["openvino"]}
+    dialect = TARGET.dialect_for(
+        tmp_path / "common.onnx", tmp_path / "made", precision=precision, options=options, placement=None
+    )
+    made = TARGET.build(dialect, tmp_path / "made", precision=precision, options=options, progress=lambda _: None)
+    x = np.random.default_rng(0).normal(size=(2, 5, 64)).astype(np.float32)
+    wanted = (quantized(x, activation, step) @ codes) * (step * scale).astype(np.float64) + bias
+    with RUNTIME.open(made, threads=1) as session:
+        np.testing.assert_allclose(session.run({"x": x})["y"], wanted, atol=64 * 2.0**-23 * np.abs(wanted).max())
+        audit = session.audit()
+    said = "compiled by openvino, which does not say in which arithmetic it computes"
+    assert (audit.executed, audit.notes) == ({"unseen": 1.0}, (said,))
+    (row,) = RUNTIME.audit_file(made.path("model"), shapes={}, options=options, threads=1)["layers"]
+    assert (row["kernel"], row["provider"], row["differs"]) == ("compiled", "openvino", said)
 
 
 def test_a_session_that_came_up_without_its_provider_is_refused():
