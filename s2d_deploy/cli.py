@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -449,6 +450,7 @@ def _measure(as_json: bool, options: dict[str, Any], *, bench: bool) -> None:
 
 @cli.command(short_help="Judge the run by the recipe's limits; the exit code says.")
 @recipe_options
+@device_option
 @gate_options
 def gate(
     as_json: bool,
@@ -492,7 +494,7 @@ def _judge_report(
     from s2d_deploy.judge import judged_again
     from s2d_deploy.report import read_report
 
-    ignored = [n for n in ("output", "precisions", "targets", "threads", "update") if options[n]]
+    ignored = [n for n in ("output", "precisions", "targets", "threads", "update", "devices") if options[n]]
     if ignored:
         raise RecipeError(
             message(
@@ -509,6 +511,7 @@ def _judge_report(
 
 @cli.command(short_help="Write report.json, .html, .md and junit.xml.")
 @report_options
+@device_option
 def report(as_json: bool, bundle: Path | None, check: Path | None, rerun: bool, **options: Any) -> None:
     """Write report.json, report.html, report.md and junit.xml (exit code 0 whatever the gates say).
 
@@ -540,7 +543,9 @@ def _check_bundle(as_json: bool, path: Path, rerun: bool, options: dict[str, Any
     from s2d_deploy.errors import EXIT_GATE_FAILED, RecipeError, message
     from s2d_deploy.tables import claims_table
 
-    ignored = [n for n in ("output", "overrides", "precisions", "targets", "threads", "update") if options[n]]
+    ignored = [
+        n for n in ("output", "overrides", "precisions", "targets", "threads", "update", "devices") if options[n]
+    ]
     if ignored and not rerun:
         raise RecipeError(message("--check runs nothing", found=", ".join(ignored), fix="add --rerun"))
     evidence = read_bundle(path)
@@ -560,6 +565,7 @@ def _check_bundle(as_json: bool, path: Path, rerun: bool, options: dict[str, Any
 
 @cli.command(short_help="Everything; goes on where it was stopped.")
 @recipe_options
+@device_option
 def run(as_json: bool, **options: Any) -> None:
     """Do everything: condition, quantize, export, build, verify, bench, gate, report. Resumes where it was stopped.
 
@@ -588,7 +594,8 @@ def _finish(
     from s2d_deploy.gating import apply_baseline, write_files
     from s2d_deploy.run import run as run_everything
 
-    part = "-".join(dict.fromkeys([*options["targets"], *map(str.lower, options["precisions"])])) or None
+    devices = [re.sub(r"[^A-Za-z0-9.]+", "-", device).strip("-") for device in options["devices"]]
+    part = "-".join(dict.fromkeys([*options["targets"], *map(str.lower, options["precisions"]), *devices])) or None
     with _opened(**options) as pipeline:
         outcome = run_everything(pipeline, part=part)
         report, code, files, said = outcome.report, outcome.exit_code, list(outcome.files), list[str]()

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import yaml
 from command_line import TINY, Commands
 from onnx import TensorProto, helper
 
@@ -328,7 +329,18 @@ def test_bench_and_verify_there(commands: Commands, recipe: str, server: str) ->
     assert here.json[1]["device"] != rows["w8a8"]["device"]
     assert here.done["export/tvm/w8a8"]
     assert not here.done["verify/tvm/w8a8"]
-    gone = commands("bench", recipe, "-o", folder, "--device", f"rpc://127.0.0.1:{free_port()}/board")
+    # The same device by the recipe, and by a flag of `gate`: the same stages, judged, in a report of its own.
+    judged = commands("gate", recipe, "-o", folder, "--device", server, "--json")
+    assert judged.code in (0, 1), judged.stderr
+    assert {r["device"] for r in judged.json["results"]} == {rows["w8a8"]["device"]}
+    assert not (folder / "report.json").exists()
+    assert list(folder.glob("parts/rpc-*/report.json"))
+    document = yaml.safe_load((commands.cwd / recipe).read_text()) | {"targets": [{"name": "tvm", "device": server}]}
+    commands.recipe(document, "there.yaml")
+    there = commands("bench", "there.yaml", "-o", folder, "--update", "--json")
+    assert there.code == 0, there.stderr
+    assert {row["device"] for row in there.json} == {rows["w8a8"]["device"]}
+    gone = commands("bench", recipe, "-o", folder, "--update", "--device", f"rpc://127.0.0.1:{free_port()}/board")
     assert gone.code == 3
     assert gone.stderr.count("error: ") == 1
     assert "no TVM RPC tracker answers there" in gone.stderr
