@@ -29,7 +29,10 @@ _BRINGS = {
     "Dnnl": "build onnxruntime with --use_dnnl",
     "CoreML": "the onnxruntime of macOS has it",
 }
-_OTHERS = ("Azure", "CANN", "MIGraphX", "Nnapi", "Rknpu", "VSINPU", "VitisAI", "WebGpu")
+_OTHERS = (
+    "ACL", "ArmNN", "Azure", "CANN", "Js", "MIGraphX", "Nnapi", "NvTensorRTRTX", "Rknpu", "VSINPU", "VitisAI", "WebGpu",
+    "WebNN",
+)  # fmt: skip
 _SHORT = {name.lower(): f"{name}{_SUFFIX}" for name in ("CPU", *_BRINGS, *_OTHERS)}
 
 Provider = Any  # a name, or a pair of name and options, as YAML and JSON give them
