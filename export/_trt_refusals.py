@@ -68,7 +68,10 @@ def _told(log: Sequence[str]) -> list[str]:
 def _remedy(text: str, layer: str | None) -> str:
     capabilities = f"{KEY}.compute_capabilities"
     if "sm75" in text or "turing" in text:
-        return f'leave "7.5" out of {capabilities}: Turing takes neither FP32 products nor INT4 weights'
+        return (
+            f'leave "7.5" out of {capabilities}: there Turing gets no products with FP32 results and no INT4 weights, '
+            f"so nothing but precision fp32 with {KEY}.compute: fp16"
+        )
     if "hw-specific datatypes" in text:
         return f"leave the GPUs that are named out of {capabilities}, or use another precision for them"
     if "workspace" in text:
