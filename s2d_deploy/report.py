@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path, PurePath
 from typing import Any
@@ -135,7 +135,8 @@ def write_reports(report: Mapping[str, Any], folder: Path) -> list[Path]:
         The four paths, in the order of `FILES`.
 
     Raises:
-        ArtifactError: the document does not fit the schema. Nothing was written.
+        ArtifactError: the document does not fit the schema: nothing was written. Or a page cannot be made of a form
+            that the schema leaves open: it is named, and the others are written, report.json among them.
         StageError: the folder cannot be written. Files that were there before are whole.
     """
     from s2d_deploy.junit import to_junit
@@ -144,11 +145,11 @@ def write_reports(report: Mapping[str, Any], folder: Path) -> list[Path]:
 
     document = to_json(report)
     typed = validate(document)
-    texts = {
-        "report.json": json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": to_markdown(typed),
-        "report.html": to_html(typed),
-        "junit.xml": to_junit(typed),
+    pages: dict[str, Callable[[Report], str]] = {
+        "report.json": lambda _: json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.md": to_markdown,
+        "report.html": to_html,
+        "junit.xml": to_junit,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,8 +162,23 @@ def write_reports(report: Mapping[str, Any], folder: Path) -> list[Path]:
                 fix="correct the permissions, or choose another --output",
             )
         ) from error
+    broken: dict[str, Exception] = {}
     for name in FILES:
-        atomic_write(folder / name, texts[name])
+        try:
+            text = pages[name](typed)
+        except Exception as error:  # figures are lost least where the document stands without its page
+            broken[name] = error
+        else:
+            atomic_write(folder / name, text)
+    for name, cause in broken.items():
+        raise ArtifactError(
+            message(
+                f"{folder / name}: cannot be made from this report",
+                expected="the forms that this version writes",
+                found=" ".join(f"{type(cause).__name__}: {cause}".split())[:200],
+                fix="make the report again; if this version has just made it, report this as a bug, with --debug",
+            )
+        ) from cause
     return [folder / name for name in FILES]
 
 
