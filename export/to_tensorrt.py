@@ -219,6 +219,7 @@ def _describe(
         "build_seconds": round(answer["seconds"], 1),
         "gpu": answer.get("gpu"),
         "plugins": list(options.plugins),
+        "notes": list(notes),
         "ops": ops,
         "layers": listing(layers),
         "audit": replace(audit, notes=(*notes, *audit.notes)).to_dict(),

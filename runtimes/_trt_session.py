@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -169,7 +170,8 @@ class TensorRTSession:
             text = inspector.get_engine_information(getattr(self._trt.LayerInformationFormat, form))
             if found := parse_layers(text):
                 evidence = f"engine inspector of {self._trt.__name__} {self._trt.__version__} on the loaded engine"
-                return audit_layers(found, self._description["ops"], evidence)
+                audit = audit_layers(found, self._description["ops"], evidence)
+                return replace(audit, notes=(*self._description.get("notes", ()), *audit.notes))
         built = self._description["audit"]
         ops = tuple(ExecutedOp(**op) for op in built["ops"])
         return Audit(ops, built["rung"], built["evidence"], (*built["notes"], "the engine inspector showed no layers"))

@@ -36,6 +36,7 @@ DESCRIPTION = {
     "shapes": {"x": [[1, 4], [2, 4], [8, 4]]},
     "ops": [{"name": "fc", "macs": 16, "declared": "W8A8", "weight": "fc.weight.dequantize"}],
     "audit": {"ops": [], "rung": "native", "evidence": "builder", "notes": []},
+    "notes": ["built without 8.0"],
 }
 LAYERS = """{"Layers": [{"Name": "fc", "LayerType": "CaskGemmMatrixMultiply", "TacticName": "sm80_imma",
  "Inputs": [{"Name": "q", "Dimensions": [-1, 4], "Format/Datatype": "Row major Int8 format"}],
@@ -340,6 +341,7 @@ def test_the_inspectors_json_is_audited(gpu: ctypes.CDLL) -> None:
     assert [(op.name, op.precision, op.kernel) for op in audit.ops] == [("fc", "int8", "sm80_imma")]
     assert audit.rung == "native"
     assert "engine inspector of tensorrt_rtx" in audit.evidence
+    assert audit.notes == ("built without 8.0",)
     silent, _ = opened(text='{"Layers": ["fc", "softmax"]}')
     with silent:
         assert silent.audit().notes == ("the engine inspector showed no layers",)
