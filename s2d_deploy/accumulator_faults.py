@@ -123,7 +123,8 @@ def _pairs_saturate(left: npt.NDArray[np.float64], right: npt.NDArray[np.float64
         return want  # equal to what was expected, so it explains nothing
     rows = left.reshape(-1, left.shape[-1])
     pairs = rows[:, 0::2, None] * right[None, 0::2] + rows[:, 1::2, None] * right[None, 1::2]
-    return np.clip(pairs, -(1 << 15), (1 << 15) - 1).sum(axis=1).astype(np.int64).reshape(want.shape)
+    sums: Int64 = np.clip(pairs, -(1 << 15), (1 << 15) - 1).sum(axis=1).astype(np.int64).reshape(want.shape)
+    return sums
 
 
 def _column_order(want: Int64, got: Int64) -> npt.NDArray[np.intp] | None:

@@ -369,7 +369,7 @@ class Explainer:
         u = view.u if fault is None or fault.factor is None else view.u / fault.factor
         predicted = view.codes() if fault is None else fault.codes(view)
         tolerance = self.tolerance.get(view.site, _FLOOR) + self._slack()
-        off = predicted != view.theirs
+        off = torch.ne(predicted, view.theirs) if view.theirs is not None else torch.zeros_like(u, dtype=torch.bool)
         wrong = wrong_codes(view, tolerance, predicted, u)
         if fault is not None and fault.cause == "rounding-mode":
             wrong = off & ((u - torch.floor(u) - 0.5).abs() > tolerance)
@@ -447,11 +447,11 @@ class Explainer:
             self._add_quantizer(found, site, alone, "the quantizer run alone")
             return True
         if view is not None and site not in self.sound and site not in self.forced.quantizers:
-            fault = classify_quantizer(view, self.tolerance.get(site, _FLOOR))
-            if fault is not None and self._is_quantizer(candidates, site, fault):
-                also = () if fault.factor is None else self._same_by_product(found, candidates, site)
+            behind = classify_quantizer(view, self.tolerance.get(site, _FLOOR))
+            if behind is not None and self._is_quantizer(candidates, site, behind):
+                also = () if behind.factor is None else self._same_by_product(found, candidates, site)
                 text = "codes behind the values that the simulation has in front of it"
-                self._add_quantizer(found, site, fault, text, also)
+                self._add_quantizer(found, site, behind, text, also)
                 return True
         for op in candidates:
             if op in self.forced.products:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,12 +206,13 @@ class _Layer(nn.Module):
         self.input_quantizer = (
             _Site(owner, f"{name}.input", quantizer) if isinstance(quantizer, FakeQuantizer) else nn.Identity()
         )
-        self.conv = (
-            (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, QuantConv2d) else None
-        )
+        self.conv: dict[str, Any] | None = None
+        if isinstance(layer, QuantConv2d):
+            names = ("stride", "padding", "dilation", "groups")
+            self.conv = {name: getattr(layer, name) for name in names}
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return F.linear(x, weight, bias) if self.conv is None else F.conv2d(x, weight, bias, *self.conv)
+        return F.linear(x, weight, bias) if self.conv is None else F.conv2d(x, weight, bias, **self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.input_quantizer(x)

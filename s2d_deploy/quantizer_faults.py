@@ -62,7 +62,7 @@ def classify_quantizer(view: View, tolerance: float) -> QuantizerFault | None:
         predicted = fault.codes(view)
         u = view.u / fault.factor if fault.factor is not None else view.u
         if fault.cause == "rounding-mode":
-            left = int((predicted != view.theirs).sum())
+            left = int(torch.ne(predicted, view.theirs).sum()) if view.theirs is not None else before
         else:
             left = int(wrong_codes(view, tolerance + 1e-6, predicted, u).sum())
         if left <= _UNEXPLAINED * before:

@@ -88,7 +88,7 @@ def write_reproducer(folder: Path, explainer: Explainer, finding: Finding, value
     folder.mkdir(parents=True, exist_ok=True)
     if model is not None:
         onnx.save_model(model, folder / "layer.onnx")
-        np.savez(folder / "inputs.npz", **inputs)
+        np.savez(folder / "inputs.npz", **inputs)  # type: ignore[arg-type]
     np.savez(folder / "result.npz", expected=expected, got=got)
     title = f"{finding.cause} in {finding.layer}: {finding.detail}"
     begin = _RUN_STORED if model is None else _RUN_ORT if _is_ort(model) else _RUN_ONNX

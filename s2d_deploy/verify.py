@@ -189,7 +189,7 @@ def _codes(plan: Plan, site: str, codes: Mapping[str, Tensor]) -> Array:
     return codes[site].numpy().astype(np.int8 if plan.sites[site].grid.signed else np.uint8)
 
 
-def _padding(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+def _padding(conv: nn.Conv2d | QuantConv2d) -> tuple[int, int, int, int]:
     """Pixels at top, left, bottom and right; ``"same"`` puts the odd one last, as torch does."""
     if conv.padding == "valid":
         return 0, 0, 0, 0
