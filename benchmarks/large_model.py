@@ -3,7 +3,7 @@
     python benchmarks/large_model.py
 
 Square Linears in a row, random weights: in FP32 more bytes than a protobuf can hold. What is checked is that each step
-works and that the output is the simulation's, not how fast it is. Needs about five times the model's bytes of memory.
+works and that the output is the simulation's, not how fast it is. Needs about eight times the model's bytes of memory.
 """
 
 from __future__ import annotations
