@@ -242,7 +242,8 @@ class ReferenceSession:
         model, _ = self.quantizer(site, sources)
         try:
             evaluator = ReferenceEvaluator(model, new_ops=[QuantizeLinear])
-            return as_codes(evaluator.run(None, {model.graph.input[0].name: x})[0])
+            codes: Any = evaluator.run(None, {model.graph.input[0].name: x})
+            return as_codes(codes[0])
         except Exception as error:  # whatever the evaluator makes of nodes that take no plain list of values
             why = f"{type(error).__name__}: {error}"
             raise UnsupportedError(message(f"site {site!r}: its quantizer does not run alone", found=why)) from error
