@@ -58,7 +58,8 @@ def _depth(precision: str, budget: Mapping[str, Any]) -> Markup | None:
     values = [
         row[k] for row in shown for k in ("isolated_snr_db", "predicted_snr_db", "seen_snr_db") if row[k] is not None
     ]
-    notes = [f"{row['seen_snr_db'] - row['predicted_snr_db']:+.1f}" for row in shown]
+    # Adding 0.0 makes -0.0 a 0.0.
+    notes = [f"{round(row['seen_snr_db'] - row['predicted_snr_db'], 1) + 0.0:+.1f}" for row in shown]
     plot = svg.Rows([row["op"] for row in shown], values, "SNR in dB", notes=notes, row=17)
     for i, row in enumerate(shown):
         y, x, op = plot.y(i), plot.scale, row["op"]
