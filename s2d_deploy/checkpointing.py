@@ -11,12 +11,13 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from s2d_deploy.errors import ArtifactError, StageError, message
+from s2d_deploy.files import REFUSALS, refused
 from s2d_deploy.sharding import is_sharded
 from s2d_deploy.spectral import whole
 
@@ -45,17 +46,39 @@ def save(path: Path, state: dict[str, Any]) -> None:
         StageError: it cannot be written; an earlier file is still there.
     """
     temporary = path.with_name(path.name + ".part")
+    refusals: list[OSError] = []
     try:
         with temporary.open("wb") as file:
-            torch.save({**state, _DIGEST: digest_of(state)}, file)
+            torch.save({**state, _DIGEST: digest_of(state)}, _Noting(file, refusals))  # type: ignore[arg-type]
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            refusals.append(error)
+        if refusals and refusals[0].errno in REFUSALS:
+            raise refused(refusals[0], path) from error
         raise StageError(
             message(f"the checkpoint {path} cannot be written: {error}", fix="free space, or choose another folder")
         ) from error
+
+
+class _Noting:
+    """A file to write to that remembers what the machine refused: torch's writer says something else of it."""
+
+    def __init__(self, file: BinaryIO, refusals: list[OSError]) -> None:
+        self._file, self._refusals = file, refusals
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self._refusals.append(error)
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def load(path: Path, fingerprint: str) -> dict[str, Any]:

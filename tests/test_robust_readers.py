@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -301,3 +303,29 @@ def test_a_page_that_cannot_be_made_loses_neither_figures_nor_the_other_pages(tm
         write_reports(report, tmp_path)
     assert read_report(tmp_path)["results"] == [result]
     assert (tmp_path / "junit.xml").is_file()
+
+
+@pytest.mark.parametrize("limit", [64, 700, 3000])
+def test_a_training_checkpoint_that_finds_no_room(tmp_path: Path, limit: int):
+    """torch's writer speaks of an unexpected position; the user is told what the machine has refused."""
+    path = tmp_path / "a.pt"
+    code = (
+        "import resource, sys, torch\n"
+        "from pathlib import Path\n"
+        "from s2d_deploy.checkpointing import save\n"
+        "from s2d_deploy.errors import StageError\n"
+        "path, limit = Path(sys.argv[1]), int(sys.argv[2])\n"
+        "save(path, {'fingerprint': 'old'})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "try:\n"
+        "    save(path, {'fingerprint': 'new', 'weights': torch.zeros(1000)})\n"
+        "except StageError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(limit)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{path}: the file would exceed the allowed size" in done.stdout.replace(".part", "")
+    assert load(path, "old") == {"fingerprint": "old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
