@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -148,6 +147,3 @@ class Forked:
         if not line:
             raise RuntimeError(f"the process that forks has died: exit code {self._server.wait()}")
         return line.strip()
-
-
-KILL = -signal.SIGKILL
