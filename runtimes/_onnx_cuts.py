@@ -37,7 +37,7 @@ def quantizer_model(model: onnx.ModelProto, site: str, codes: str, sources: Coll
     stored = initializers(model)
     while (node := producers.get(codes)) is not None and node.op_type in MOVES:
         codes = node.input[0]
-    nodes: list[onnx.NodeProto] = []
+    nodes: dict[str, onnx.NodeProto] = {}  # by first output: to compare nodes themselves takes seconds in a large graph
     begins: set[str] = set()
     stack, seen = [codes], set()
     while stack:
@@ -52,17 +52,16 @@ def quantizer_model(model: onnx.ModelProto, site: str, codes: str, sources: Coll
         if node is None or len(nodes) > _SIZE:
             begins.add("")
             break
-        if node not in nodes:
-            nodes.append(node)
+        nodes[node.output[0]] = node
         stack.extend(node.input)
     if len(begins) != 1 or "" in begins or not nodes:
         raise UnsupportedError(
             message(f"site {site!r}: its quantizer cannot be cut out", expected=f"a way to {', '.join(sources)}")
         )
     (begin,) = begins
-    used = {value for node in nodes for value in node.input}
+    used = {value for node in nodes.values() for value in node.input}
     graph = helper.make_graph(
-        [n for n in model.graph.node if n in nodes],
+        [n for n in model.graph.node if n.output[0] in nodes],
         "quantizer",
         [helper.make_tensor_value_info(begin, TensorProto.FLOAT, ["n"])],
         [helper.make_empty_tensor_value_info(codes)],
@@ -79,7 +78,7 @@ def until(model: onnx.ModelProto, result: str, inputs: Sequence[onnx.ValueInfoPr
     """
     producers = {value: node for node in model.graph.node for value in node.output}
     stored, given = initializers(model), {i.name for i in inputs}
-    nodes: list[onnx.NodeProto] = []
+    nodes: dict[str, onnx.NodeProto] = {}
     stack, seen = [result], set()
     while stack:
         value = stack.pop()
@@ -89,12 +88,11 @@ def until(model: onnx.ModelProto, result: str, inputs: Sequence[onnx.ValueInfoPr
         node = producers.get(value)
         if node is None:
             raise UnsupportedError(message(f"{result}: cannot be cut out", found=f"it needs {value}"))
-        if node not in nodes:
-            nodes.append(node)
+        nodes[node.output[0]] = node
         stack.extend(node.input)
-    used = {value for node in nodes for value in node.input}
+    used = {value for node in nodes.values() for value in node.input}
     graph = helper.make_graph(
-        [n for n in model.graph.node if n in nodes],
+        [n for n in model.graph.node if n.output[0] in nodes],
         "layer",
         list(inputs),
         [helper.make_empty_tensor_value_info(result)],
