@@ -31,6 +31,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,8 @@ def arguments_parser() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> int:
     """Run the trials; exit code 0 where every run came to the same bytes."""
     record = Record("kill-resume", threads=1, command=arguments.command)
+    for name in ("junit", "report", "report_html", "report_markdown"):  # now: the code that the commands load, too
+        import_module(f"s2d_deploy.{name}")
     work: Path = arguments.work.absolute()
     shutil.rmtree(work, ignore_errors=True)
     with Forked(work / "logs") as forked:
@@ -314,7 +317,7 @@ def main(arguments: argparse.Namespace) -> int:
     by_mode = Counter(t["mode"] for t in killed)
     figures = [
         at_most(
-            "undisturbed runs that differ from each other", sum(not s.repeatable for s in trials.sound.values()), 0
+            "undisturbed commands that differ when repeated", sum(not s.repeatable for s in trials.sound.values()), 0
         ),
         at_most(
             f"of {len(killed)} killed and resumed runs, with other bytes",

@@ -307,6 +307,7 @@ class RunFolder:
                 return None, f"key changed: {'; '.join(differences(manifest['key'], key))}"
             return verify_folder(final), ""
         except ArtifactError as error:
+            log.warning("stage %s is damaged, and is made again: %s", name, error)
             return None, str(error)
 
     def _refuse_nesting(self, name: str, final: Path) -> None:

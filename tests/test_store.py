@@ -116,7 +116,7 @@ def test_the_digest_of_a_stage_depends_on_bytes_only(tmp_path):
         (lambda f: (f / "manifest.json").write_text("[" * 100_000), "truncated, or not JSON"),
     ],
 )
-def test_damage_is_named_and_the_stage_redone(tmp_path, damage, words):
+def test_damage_is_named_and_the_stage_redone(tmp_path, damage, words, caplog):
     with RunFolder(tmp_path) as folder:
         stage = folder.run("s", {"k": 1}, writer())
         damage(stage.folder)
@@ -126,6 +126,8 @@ def test_damage_is_named_and_the_stage_redone(tmp_path, damage, words):
         again = folder.run("s", {"k": 1}, writer())
         assert not again.cached
         assert words in again.why
+        assert "WARNING  s2d_deploy.store:store.py" in caplog.text
+        assert "stage s is damaged, and is made again" in caplog.text
         assert verify_folder(again.folder)["files"] == stage.manifest["files"]
 
 
