@@ -23,7 +23,7 @@ from s2d_deploy.files import sha256_file
 from s2d_deploy.host import cpu_model, versions
 from s2d_deploy.precision import BASELINE
 from s2d_deploy.registry import load_exporter, load_runtime, load_target
-from s2d_deploy.session import Artifact
+from s2d_deploy.session import Artifact, SearchingTarget
 from s2d_deploy.store import RunFolder, Stage
 
 if TYPE_CHECKING:
@@ -214,10 +214,13 @@ class Bench:
 
         return self.store.run(f"onnx/{precision}", self._key() | {"precision": precision}, work)
 
-    def build(self, target: str, precision: str, batch: int) -> tuple[Artifact, Stage]:
-        """The artifact of a target for one batch size.
+    def build(
+        self, target: str, precision: str, batch: int, *, placed_for: int | None = None
+    ) -> tuple[Artifact, Stage]:
+        """The artifact of a target for one batch size; by a placement search on `placed_for` threads, where given.
 
         Raises:
+            RecipeError: a search on a target that has none.
             UnsupportedError: the target cannot express the plan.
             RuntimeUnavailable: its compiler is not installed.
         """
@@ -225,19 +228,30 @@ class Bench:
         sizes = {"sequence": self.shape.tokens} if self.shape.family == "bert" else {}
         options = exporter.shape_options([batch], sizes)
 
+        if placed_for is not None and not isinstance(exporter, SearchingTarget):
+            raise RecipeError(message(f"target {target!r} has no placement search", fix="leave it out of --placed"))
+
         def work(folder: Path) -> dict[str, Any]:
-            dialect = exporter.dialect(common.folder / "model.onnx", folder, precision=precision)
+            model, asked = common.folder / "model.onnx", {"placement": "search"}
+            if placed_for is not None and isinstance(exporter, SearchingTarget):
+                found = exporter.search(
+                    model, precision=precision, options=asked, batches=[batch], sizes=sizes, threads=placed_for,
+                    progress=lambda _: None,
+                )  # fmt: skip
+                dialect = exporter.dialect_for(model, folder, precision=precision, options=asked, placement=found)
+            else:
+                dialect = exporter.dialect(model, folder, precision=precision)
             artifact = exporter.build(dialect, folder, precision=precision, options=options, progress=lambda _: None)
             return {"files": artifact.files, "info": artifact.info}
 
         key = {
             "onnx": common.sha256,
-            "options": options,
+            "options": options | ({} if placed_for is None else {"placed_for": placed_for}),
             "runtime": load_runtime(target).version(),
             "cpu": cpu_model(),
             "sources": _digest(export=(), runtimes=(), s2d_deploy=("qgraph",)),
         }
-        stage = self.store.run(f"{target}/{precision}-b{batch}", key, work)
+        stage = self.store.run(f"{target}/{precision}-b{batch}{'' if placed_for is None else '-placed'}", key, work)
         return Artifact(stage.folder, target, precision, stage.info["files"], stage.info["info"]), stage
 
     def _key(self) -> dict[str, Any]:

@@ -120,6 +120,12 @@ def arguments_parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--peers", type=_common.names, default=(), help="comma-separated, see below (default: none)")
     made.add_argument("--skip", type=_common.names, default=(), help="candidates to leave out, as tvm-fp32")
+    made.add_argument(
+        "--placed",
+        type=_common.names,
+        default=(),
+        help="candidates to measure by a placement search, too, as ort-w4a16 (then ort-w4a16-placed)",
+    )
     made.add_argument("--batch", type=_common.positive, default=1, help="samples in a call (default: 1)")
     made.add_argument("--threads", type=_common.positive, default=2, help="of every candidate (default: 2)")
     made.add_argument("--runs", type=_common.positive, default=40, help="timed rounds (default: 40)")
@@ -159,6 +165,10 @@ def prepare(
         for precision in chosen.precisions
     ]
 
+    for name in chosen.placed:
+        target, _, precision = name.partition("-")
+        wanted.append((f"{name}-placed", lambda t=target, p=precision: _ours(bench, t, p, chosen, stack, placed=True)))  # type: ignore[misc]
+
     def a_peer(name: str) -> Candidate:
         peer = make_peer(name, bench, chosen.batch, chosen.threads)
         return Candidate(name, peer.call, peer.kind, {"how": peer.how, "build_seconds": peer.seconds})
@@ -188,14 +198,16 @@ def prepare(
     return found, unavailable, broken
 
 
-def _ours(bench: Bench, target: str, precision: str, chosen: argparse.Namespace, stack: ExitStack) -> Candidate:
+def _ours(
+    bench: Bench, target: str, precision: str, chosen: argparse.Namespace, stack: ExitStack, *, placed: bool = False
+) -> Candidate:
     from s2d_deploy.errors import RuntimeUnavailable
     from s2d_deploy.registry import load_runtime
 
     runtime = load_runtime(target)
     if (reason := runtime.available()) is not None:
         raise RuntimeUnavailable(reason)
-    artifact, stage = bench.build(target, precision, chosen.batch)
+    artifact, stage = bench.build(target, precision, chosen.batch, placed_for=chosen.threads if placed else None)
     session = stack.enter_context(runtime.open(artifact, threads=chosen.threads))
     audit = session.audit()
     feeds, output = bench.feeds(chosen.batch), bench.output
@@ -208,7 +220,11 @@ def _ours(bench: Bench, target: str, precision: str, chosen: argparse.Namespace,
         "size_bytes": artifact.size_bytes,
         "build_seconds": float(stage.manifest["seconds"]),
     }
-    return Candidate(f"{target}-{precision}", lambda: session.run(feeds)[output], kind, about)
+    if placed:
+        about["placed"] = artifact.info["placed"]
+    return Candidate(
+        f"{target}-{precision}{'-placed' if placed else ''}", lambda: session.run(feeds)[output], kind, about
+    )
 
 
 def check_outputs(bench: Bench, candidates: Sequence[Candidate], batch: int) -> dict[str, str]:
