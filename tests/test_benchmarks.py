@@ -86,6 +86,7 @@ def test_commands_of_the_readme_are_accepted() -> None:
             _models.shape_of(chosen.model, chosen.width, chosen.depth, chosen.tokens)
             _peers.expand(chosen.peers)
             made = {f"{t}-{p}" for t in chosen.targets for p in chosen.precisions} | set(_peers.expand(chosen.peers))
+            made |= {f"{name}-placed" for name in chosen.placed}
             assert {name for limit in chosen.limit for name in (limit.candidate, limit.baseline)} <= made, rest
 
 
