@@ -19,8 +19,9 @@ demo: ## train, condition, quantize, build, verify and measure a small ViT; writ
 	@.venv/bin/s2d-deploy run digits-vit --output $(DEMO_OUTPUT); status=$$?; \
 	if [ -f $(DEMO_OUTPUT)/report.html ]; then echo "report: $(CURDIR)/$(DEMO_OUTPUT)/report.html"; fi; exit $$status
 
-test: setup ## run every test
-	$(PY) -m pytest -q
+# Whole files go to each worker, so that what a file's tests share is made once. One thread each: two would wait for each other.
+test: setup ## run every test, on two cores
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -q -n 2 --dist loadfile
 
 lint: setup ## ruff: rules and formatting, changes nothing
 	$(PY) -m ruff check .
