@@ -48,6 +48,8 @@ def main(arguments: argparse.Namespace) -> int:
                     for fault in wanted:
                         if (fault in _ONLY_ORT and target != "ort") or (fault in _NOT_TVM and target == "tvm"):
                             continue
+                        if fault == "half-away-at-the-input" and target == "tvm" and kind == "bert":
+                            continue  # tokens are not quantized
                         # Controls see other inputs each time; so they are repeated as often as a fault.
                         for seed in range(count):
                             where = root / f"{kind}-{precision}-{target}-{fault}-{seed}"

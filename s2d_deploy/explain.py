@@ -177,6 +177,7 @@ class Explainer:
             if stale is None:
                 self._say("the simulation forced through the runtime's codes")
                 self._bisect(found)
+                self._other_scales(found)
             else:
                 found.sites, _ = self._pass(found)
         elif stale is None:
@@ -415,6 +416,16 @@ class Explainer:
             if not self._find(found, site, view):
                 found.findings.append(self._unknown(found, site, view))
                 return
+
+    def _other_scales(self, found: Explanation) -> None:
+        """Quantizers that cannot be run alone show their scales one behind the other: too many for single faults."""
+        scales = {f.layer for f in found.findings if f.cause in ("wrong-scale", "wrong-zero-point")}
+        if len(scales) > 2 and len(scales) >= len(found.findings) - 1:
+            text = (
+                f"{len(scales)} layers have other scales, the first {found.findings[0].layer}; the search ended there"
+            )
+            evidence = found.findings[0].evidence
+            found.findings = [Finding("stale-artifact", "*", found.findings[0].site, text, evidence)]
 
     def _candidates(self, found: Explanation, site: str) -> list[str]:
         """Ops between the sites before `site` and itself, the nearest last; refused and suspect ones first."""
