@@ -49,6 +49,7 @@ Examples:
   s2d-deploy run my.yaml --set quantize.block_size=16
   s2d-deploy quantize my.yaml --precision w4a4     only up to the plan
   s2d-deploy compare runs/a runs/b                 two runs side by side
+  s2d-deploy audit model.onnx                      any model: declared against executed
 
 
 Exit codes:
@@ -631,7 +632,7 @@ def _say_verdicts(as_json: bool, report: dict[str, Any], files: Sequence[Path], 
         click.echo(line, err=True)
 
 
-@cli.command(short_help="What any ONNX model declares, and what ONNX Runtime executes.")
+@cli.command(short_help="What any ONNX model declares, and what is executed.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "--shape",

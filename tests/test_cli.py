@@ -19,9 +19,9 @@ from command_line import TINY, Commands, Finished, contents, stages
 from s2d_deploy.cli import cli, main
 
 VERBS = (
-    "doctor schema diagnose condition quantize export build verify bench gate report run compare".split()  # noqa: SIM905
+    "doctor schema diagnose condition quantize export build verify bench gate report run audit compare".split()  # noqa: SIM905
 )
-STAGE_VERBS = tuple(v for v in VERBS if v not in ("doctor", "schema", "compare"))
+STAGE_VERBS = tuple(v for v in VERBS if v not in ("doctor", "schema", "audit", "compare"))
 CONSOLE = [sys.executable, "-c", "import sys; from s2d_deploy.cli import main; sys.exit(main())"]
 HAS_ORT = importlib.util.find_spec("onnxruntime") is not None
 
