@@ -503,7 +503,7 @@ def preprocessing(edit: Edit) -> Planted:
         made = [helper.make_node("Add", [name, edit.constant(np.int64(1))], [new], name="planted.add")]
     else:
         name, new, where = "attention_mask", "planted.mask", "mask ignored"
-        zero, one = edit.constant(np.int64(0)), edit.constant(np.int64(1))
+        zero, one = edit.constant(np.zeros((1, 1), np.int64)), edit.constant(np.ones((1, 1), np.int64))
         made = [
             helper.make_node("Mul", [name, zero], ["planted.zeros"], name="planted.mul"),
             helper.make_node("Add", ["planted.zeros", one], [new], name="planted.add"),
