@@ -413,9 +413,35 @@ class Explainer:
             last = found.findings[-1] if found.findings else None
             if last is not None and last.site == site and last.layer in self._fitted:
                 return  # a fit that explains most of it, and no second fault in the same place
-            if not self._find(found, site, view):
+            if not self._find(found, site, view) and not self._find_with_scales(found, site):
                 found.findings.append(self._unknown(found, site, view))
                 return
+
+    def _find_with_scales(self, found: Explanation, site: str) -> bool:
+        """Two scales at once: the one found before is in its product, too, and this site has another one of its own."""
+        for op in self._candidates(found, site):
+            left = self.plan.ops[op].sites[0][0]
+            fault = self.quantizers.get(left)
+            if (
+                fault is None
+                or fault.factor is None
+                or left not in self.forced.quantizers
+                or op in self.forced.products
+            ):
+                continue
+            factor = fault.factor
+            self.forced.products[op] = lambda _left, _right, product, f=factor: product * f  # type: ignore[misc]
+            self._fitted.append(op)
+            _, view = self._pass(found)
+            if view is None or view.site != site or site in self.sound:
+                return True
+            own = classify_quantizer(view, self.tolerance.get(site, _FLOOR) + self._slack())
+            if own is not None:
+                self._add_quantizer(found, site, own, "codes, with the scale found before in its product, too")
+                return True
+            del self.forced.products[op]
+            self._fitted.remove(op)
+        return False
 
     def _other_scales(self, found: Explanation) -> None:
         """Quantizers that cannot be run alone show their scales one behind the other: too many for single faults."""
