@@ -42,6 +42,8 @@ class GateLimits:
         accuracy_drop: largest drop of the metric from the float model to the runtime, in the metric's unit.
         simulation_gap: largest absolute difference between simulated and measured metric.
         accumulators_different: largest number of teacher-forced accumulators that differ.
+        parity_findings: largest number of things that `verify` found wrong between simulation and runtime: faults with a
+            name, runs that disagree with each other, more differences than this network's tolerances allow.
         code_flip_share: largest share of codes that differ end to end.
         top1_flip_share: largest share of samples whose top-1 answer differs from the simulation's.
         executed: smallest share, among the multiply-accumulates that were declared as integer, that ran as such.
@@ -54,6 +56,7 @@ class GateLimits:
     accuracy_drop: float | None = None
     simulation_gap: float | None = None
     accumulators_different: int | None = 0
+    parity_findings: int | None = None
     code_flip_share: float | None = None
     top1_flip_share: float | None = None
     executed: float | None = None
@@ -305,7 +308,7 @@ def _applies(name: str, precision: str) -> bool:
     """The float baseline has only its metric to be judged by; float activations have no codes to compare."""
     if precision == FLOAT:
         return name in ("accuracy_drop", "simulation_gap", "top1_flip_share")
-    if name in ("accumulators_different", "code_flip_share", "executed"):
+    if name in ("accumulators_different", "parity_findings", "code_flip_share", "executed"):
         if precision in FP4 and name != "executed":  # no integer sums, and no integer codes
             return False
         return re.fullmatch(r"w\d+a(16|32)", precision) is None
@@ -399,6 +402,27 @@ def _accumulators(result: Mapping[str, Any], _: Any, __: float) -> _Finding | No
     if checked is None or checked <= 0 or different is None:
         return None
     return _Finding(different, f"{different:.0f} of {checked:.0f} teacher-forced int32 accumulators differ")
+
+
+def _parity_findings(result: Mapping[str, Any], _: Any, __: float) -> _Finding | None:
+    """What `verification.examine` found; undecided where one of its steps broke."""
+    parity = _section(result, "parity")
+    verdict = parity.get("verdict")
+    if verdict not in ("pass", "fail", "undecided"):
+        return None
+    explanation = _section(parity, "explanation")
+    listed = explanation.get("findings")
+    words = [str(f.get("cause")) for f in listed if isinstance(f, Mapping)] if isinstance(listed, list) else []
+    if not words and explanation.get("verdict") == "unexplained":
+        words.append("differences without a cause")
+    if _section(parity, "consistency").get("agrees") is False:
+        words.append("runs that disagree with each other")
+    if _section(parity, "budget").get("within") is False:
+        words.append("more differences than the network's tolerances allow")
+    if verdict == "undecided":
+        broken = ", ".join(_section(parity, "unexamined")) or "a step of the examination"
+        return _Finding(float(len(words)), f"not examined: {broken}", verdict="undecided")
+    return _Finding(float(len(words)), "; ".join(words) or "nothing but rounding at boundaries")
 
 
 def _code_flips(result: Mapping[str, Any], _: Any, __: float) -> _Finding | None:
@@ -499,6 +523,7 @@ _FIGURES: dict[str, Callable[[Mapping[str, Any], Any, float], _Finding | None]] 
     "accuracy_drop": _accuracy_drop,
     "simulation_gap": _simulation_gap,
     "accumulators_different": _accumulators,
+    "parity_findings": _parity_findings,
     "code_flip_share": _code_flips,
     "top1_flip_share": _top1_flips,
     "executed": _executed,
@@ -510,6 +535,7 @@ _NEEDS = {
     "accuracy_drop": "metric.float and metric.measured",
     "simulation_gap": "metric.simulated and metric.measured",
     "accumulators_different": "parity.accumulators_checked above 0",
+    "parity_findings": "parity.verdict",
     "code_flip_share": "parity.codes_checked above 0",
     "top1_flip_share": "parity.top1_flips with a number of samples",
     "executed": "audit.ops or executed",
@@ -517,5 +543,12 @@ _NEEDS = {
     "size_ratio": "size_bytes and float_size_bytes",
     "weight_ratio": "weight_size_bytes and weight_float_size_bytes",
 }
-_PARITY = ("accumulators_different", "code_flip_share", "top1_flip_share", "simulation_gap", "executed")
+_PARITY = (
+    "accumulators_different",
+    "parity_findings",
+    "code_flip_share",
+    "top1_flip_share",
+    "simulation_gap",
+    "executed",
+)
 _STATIC = ("executed", "size_ratio", "weight_ratio")

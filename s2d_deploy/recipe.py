@@ -329,6 +329,9 @@ class GateSection(_Section):
         None, description="|simulated - measured|, in the same unit"
     )
     accumulators_different: int | dict[str, int] | None = Field(0, description="teacher-forced differences")
+    parity_findings: int | dict[str, int] | None = Field(
+        None, description="faults, inconsistent runs and exceeded tolerances that verify found"
+    )
     code_flip_share: float | dict[str, float] | None = Field(None, description="share of codes that differ end to end")
     executed: float | dict[str, float] | None = Field(
         None, description="least share of declared integer MACs that ran on integers"

@@ -411,3 +411,28 @@ def test_odd_results_give_rows_not_tracebacks_and_stay_unchanged(odd):
     json.dumps([r.to_dict() for r in rows], allow_nan=False)
     assert not [r for r in rows if r.value is None and r.verdict == "pass"]
     assert repr({k: entry[k] for k in odd}) == repr(before)
+
+
+@pytest.mark.parametrize(
+    ("parity", "value", "verdict", "words"),
+    [
+        ({"verdict": "pass", "explanation": {"findings": []}}, 0, "pass", "nothing but rounding at boundaries"),
+        (
+            {
+                "verdict": "fail",
+                "explanation": {"findings": [{"cause": "wrong-scale"}]},
+                "consistency": {"agrees": False},
+            },
+            2,
+            "fail",
+            "wrong-scale; runs that disagree with each other",
+        ),
+        ({"verdict": "fail", "explanation": {"verdict": "unexplained"}}, 1, "fail", "differences without a cause"),
+        ({"verdict": "fail", "budget": {"within": False}}, 1, "fail", "more differences than the network's tolerances"),
+        ({"verdict": "undecided", "unexamined": {"budget": "x"}}, 0, "undecided", "not examined: budget"),
+    ],
+)
+def test_what_verify_found_is_a_gate(parity: dict[str, Any], value: int, verdict: str, words: str) -> None:
+    (row,) = evaluate([result(parity=parity)], GateLimits(accumulators_different=None, parity_findings=0))
+    assert (row.name, row.value, row.verdict) == ("parity_findings", value, verdict)
+    assert words in row.evidence
