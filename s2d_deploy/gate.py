@@ -42,8 +42,8 @@ class GateLimits:
         accuracy_drop: largest drop of the metric from the float model to the runtime, in the metric's unit.
         simulation_gap: largest absolute difference between simulated and measured metric.
         accumulators_different: largest number of teacher-forced accumulators that differ.
-        parity_findings: largest number of things that `verify` found wrong between simulation and runtime: faults with a
-            name, runs that disagree with each other, more differences than this network's tolerances allow.
+        parity_findings: largest number of things that `verify` found wrong: faults with a name, runs that disagree with
+            each other, more differences than this network's tolerances allow.
         code_flip_share: largest share of codes that differ end to end.
         top1_flip_share: largest share of samples whose top-1 answer differs from the simulation's.
         executed: smallest share, among the multiply-accumulates that were declared as integer, that ran as such.
