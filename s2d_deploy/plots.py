@@ -130,51 +130,82 @@ def _thin(values: list[float]) -> list[float]:
     return values[::step]
 
 
-def tradeoff(results: Labelled) -> Markup | None:
-    """Measured metric against p50, with the Pareto front. Only for one common metric and batch size."""
-    points: list[tuple[float, float, str, Result]] = []
-    kinds: set[tuple[str | None, int | None]] = set()
+def tradeoff(results: Labelled) -> list[Markup]:
+    """Measured metric against p50, with the Pareto front: a plot for each metric and batch size, which do not mix."""
+    kinds: dict[tuple[str, int | None], list[_Point]] = {}
     for label, r in results:
         t, m = r.latency_ms, r.metric
         if t and m and t.p50 is not None and m.measured is not None:
-            points.append((t.p50, m.measured, label, r))
-            kinds.add((m.name, t.batch))
-    if len(points) < 2 or len(kinds) > 1:
+            kinds.setdefault((m.name or "metric", t.batch), []).append((t.p50, m.measured, label, r))
+    drawn = [_tradeoff(name, batch, points, len(kinds) > 1) for (name, batch), points in kinds.items()]
+    return [plot for plot in drawn if plot is not None]
+
+
+_Point = tuple[float, float, str, Result]
+
+
+def _tradeoff(name: str, batch: int | None, points: list[_Point], several: bool) -> Markup | None:
+    if len(points) < 2:
         return None
-    metric = points[0][3].metric or Metric()
-    upward = higher_is_better(metric)
+    upward = higher_is_better(points[0][3].metric or Metric())
     width, left, bottom = 580.0, 62.0, 286.0
     times = [p[0] for p in points]
     x = svg.spanning(times, left + 6, width - 20, log=min(times) > 0 and max(times) > 12 * min(times), zero=True)
-    y = svg.spanning([p[1] for p in points], bottom - 8, 14)
+    y = svg.spanning([p[1] for p in points], bottom - 8, 20)
     front = pareto([(t, v) for t, v, _, _ in points], upward)
+    unit = "p50, milliseconds for one batch" + (", logarithmic" if x.log else "")
     marks = [
         *(svg.line(x(t), 8, x(t), bottom, "grid") for t in x.ticks(7)),
         *(svg.text(x(t), bottom + 13, fmt.trimmed(t), "tick", "middle") for t in x.ticks(7)),
         *(svg.line(left, y(v), width - 14, y(v), "grid") for v in y.ticks()),
         *(svg.text(left - 6, y(v), fmt.trimmed(v), "tick", "end") for v in y.ticks()),
-        svg.text((left + width) / 2, bottom + 32, "p50, milliseconds for one batch", "caption", "middle"),
+        svg.text((left + width) / 2, bottom + 32, unit, "caption", "middle"),
         svg.path(_stairs([(x(t), y(v)) for t, v in front]), "front"),
     ]
     targets = list(dict.fromkeys(r.target for *_, r in points))
     shapes = {target: _SHAPES[i % len(_SHAPES)] for i, target in enumerate(targets)}
     for time, value, label, r in points:
         best = " · on the Pareto front" if (time, value) in front else ""
-        title = f"{label}: {fmt.milliseconds(time)}, {metric.name or 'metric'} {fmt.number(value)}{best}"
+        loose = " · timing not stable" if r.latency_ms and r.latency_ms.stable is False else ""
+        title = f"{label}: {fmt.milliseconds(time)}, {name} {fmt.number(value)}{best}{loose}"
         marks.append(svg.mark(x(time), y(value), shapes[r.target], colour(r.precision), title, r=6))
+    on_front = [(x(t), y(v), label) for t, v, label, _ in points if (t, v) in front]
+    marks += _names(on_front, [(x(t), y(v)) for t, v, _, _ in points], (left, width))
     precisions = list(dict.fromkeys(r.precision for *_, r in points))
     key = svg.legend(
-        *((shapes[target], "p-neutral", target) for target in targets), *(("dot", colour(p), p) for p in precisions)
+        *((shapes[target], "p-neutral hollow", target) for target in targets),
+        *(("dot", colour(p), p) for p in precisions),
     )
-    name = metric.name or "metric"
     way = "Up" if upward else "Down"
     note = f"{way} and left is better. The line joins the results that no other result beats in both (Pareto front)."
-    return figure(
-        f"{name[:1].upper()}{name[1:]} against latency",
-        svg.canvas(width, bottom + 44, f"{name} against latency", *marks),
-        note=note,
-        key=key,
-    )
+    title = f"{name[:1].upper()}{name[1:]} against latency"
+    if several and batch is not None:
+        title += f", batch {batch}"
+    return figure(title, svg.canvas(width, bottom + 44, title, *marks), note=note, key=key)
+
+
+def _names(
+    named: Sequence[tuple[float, float, str]], marks: Sequence[tuple[float, float]], across: tuple[float, float]
+) -> list[Markup]:
+    """Labels beside the marks that have room for one: none lies over another or over a mark."""
+    taken = [(x - 7, y - 7, x + 7, y + 7) for x, y in marks]
+    written = []
+    for x, y, label in named:
+        length = 6.6 * len(label)
+        for anchor, start, middle in (
+            ("start", x + 10, y),
+            ("end", x - 10 - length, y),
+            ("middle", x - length / 2, y - 15),
+            ("middle", x - length / 2, y + 15),
+        ):
+            box = (start, middle - 7, start + length, middle + 7)
+            inside = across[0] < box[0] and box[2] < across[1] and box[1] > 2
+            if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
+                taken.append(box)
+                at = {"start": start, "end": start + length, "middle": x}[anchor]
+                written.append(svg.text(at, middle, label, "name", anchor))
+                break
+    return written
 
 
 def pareto(points: Sequence[tuple[float, float]], higher: bool = True) -> list[tuple[float, float]]:

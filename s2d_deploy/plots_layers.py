@@ -17,7 +17,8 @@ _POINTS = 80
 _SPECTRA = 6
 
 
-def _key() -> Markup:
+def key() -> Markup:
+    """What before and after look like."""
     return svg.legend(("ring", "before", "before"), ("dot", "after", "after"))
 
 
@@ -38,7 +39,7 @@ def spectra(layers: Sequence[ConditionedLayer]) -> Markup | None:
         "Singular values before and after",
         tag("div", join(panels), class_="panels"),
         note=note,
-        key=_key(),
+        key=key(),
         class_="wide",
     )
 
@@ -52,6 +53,12 @@ def spectrum_change(layer: ConditionedLayer) -> float | None:
     floor = 0.01 * max((v for v in layer.before.singular_values if v is not None), default=0.0)
     logs = [abs(math.log(b / a)) for a, b in pairs if a is not None and b is not None and a > floor and b > 0]
     return max(logs, default=None)
+
+
+def spectrum(layer: ConditionedLayer) -> Markup | None:
+    """The singular values of one layer; None without any."""
+    states = (layer.before, layer.after)
+    return _panel(layer) if any(v for s in states if s for v in s.singular_values) else None
 
 
 def _panel(layer: ConditionedLayer) -> Markup:
@@ -125,7 +132,7 @@ def pcdr_by_layer(layers: Sequence[ConditionedLayer], tau: float | None) -> Mark
         top = plot.scale(tau)
         plot.add(svg.line(top, 2, top, 6 + len(kept) * plot.row, "threshold", f"tau = {fmt.trimmed(tau)}"))
     note = _shown(kept, rows, "layers") + (f" The dashed line is tau = {fmt.trimmed(tau)}." if tau is not None else "")
-    return figure("PCDR by layer", plot.render("PCDR by layer before and after conditioning"), note=note, key=_key())
+    return figure("PCDR by layer", plot.render("PCDR by layer before and after conditioning"), note=note, key=key())
 
 
 def ranges(sites: Sequence[ActivationRange]) -> Markup | None:
@@ -149,7 +156,7 @@ def ranges(sites: Sequence[ActivationRange]) -> Markup | None:
         "Activation ranges",
         plot.render("Activation ranges before and after conditioning"),
         note=_shown(kept, rows, "sites"),
-        key=_key(),
+        key=key(),
     )
 
 

@@ -24,8 +24,23 @@ def section(errors: Sequence[PrecisionErrors]) -> Markup | None:
         "model's output when only this layer is quantized, over the sum of all layers'. Shares are first-order; where "
         "the sum is far from the whole simulation's error, layers act on each other and shares say less."
     )
-    details = tag("details", tag("summary", "Every layer in numbers"), _table(analysed))
+    details = tag("details", tag("summary", "Every layer in numbers"), _controls(analysed), _table(analysed))
     return join([tag("p", note, class_="note"), grid([_worst(entry) for entry in analysed]), details])
+
+
+def _controls(errors: Sequence[PrecisionErrors]) -> Markup:
+    precisions = list(dict.fromkeys(entry.precision for entry in errors))
+    options = [tag("option", "all", value=""), *(tag("option", p, value=p) for p in precisions)]
+    return tag(
+        "form",
+        tag("label", "Precision", tag("select", join(options), data_key="precision")),
+        tag("label", "Search", tag("input", type="search", placeholder="layer", data_key="*")),
+        tag("output", aria_live="polite"),
+        data_for="errors-table",
+        class_="controls",
+        hidden=True,
+        aria_label="Filter the layers' errors",
+    )
 
 
 def _worst(entry: PrecisionErrors) -> Markup | None:
@@ -89,7 +104,7 @@ def _table(errors: Sequence[PrecisionErrors]) -> Markup:
 def _row(precision: str, layer: LayerErrorFacts) -> Markup:
     return tag(
         "tr",
-        tag("td", precision_tag(precision)),
+        cell(precision_tag(precision), value=precision),
         cell(layer.op, head=True),
         cell(layer.declared),
         num(fmt.percent(layer.share) if layer.share is not None else fmt.MISSING, layer.share),
@@ -97,6 +112,7 @@ def _row(precision: str, layer: LayerErrorFacts) -> Markup:
         num(fmt.number(layer.isolated_cosine, 4), layer.isolated_cosine),
         num(_decibel(layer.accumulated_snr_db), layer.accumulated_snr_db),
         num(fmt.number(layer.accumulated_cosine, 4), layer.accumulated_cosine),
+        data_precision=precision,
     )
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
-from s2d_deploy import plots, plots_layers, report_errors, report_parity
+from s2d_deploy import plots, plots_layers, report_errors, report_gates, report_layers, report_parity, report_reproduce
 from s2d_deploy import report_format as fmt
 from s2d_deploy import report_speed as speed
 from s2d_deploy import report_summary as words
@@ -33,16 +34,21 @@ def to_html(report: Report) -> str:
     labelled = list(zip(words.labels(results), results, strict=True))
     sections = [
         ("results", "Results", _results(results)),
-        ("gates", "Gates", _gates(report)),
+        ("gates", "Gates", report_gates.section(report.gates)),
         ("performance", "Accuracy and speed", _performance(labelled)),
         ("conditioning", "Conditioning", _conditioning(report)),
-        ("layers", "Layers", _layers(report, labelled)),
+        ("layers", "Layers", report_layers.section(report, labelled)),
         ("errors", "Where the error comes from", report_errors.section(report.errors)),
         ("parity", "Parity", _parity(labelled)),
         ("environment", "Environment", _environment(report)),
     ]
     shown = [(key, title, body) for key, title, body in sections if body is not None]
     name = report.model.name if report.model and report.model.name else "model"
+    by = report_reproduce.commands(report)
+    if report.conditioning is None:
+        by.pop("conditioning", None)
+    if not report.gates:
+        by.pop("gates", None)
     page = tag(
         "html",
         _head(f"{report.verdict} · {name} · s2d-deploy"),
@@ -51,9 +57,8 @@ def to_html(report: Report) -> str:
             tag("a", "Skip to the results", href="#results", class_="skip"),
             _header(report, name),
             tag("nav", *(tag("a", title, href=f"#{key}") for key, title, _ in shown), aria_label="Sections"),
-            tag("main", _banner(report), _figures(report), *(_section(*entry) for entry in shown)),
+            tag("main", _banner(report), _figures(report), *(_section(*entry, by.get(entry[0])) for entry in shown)),
             tag("div", id="tip", role="status", hidden=True),
-            tag("script", Markup(_resource("report.js"))),
         ),
         lang="en",
     )
@@ -78,6 +83,8 @@ def _head(title: str) -> Markup:
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", title),
         tag("style", Markup(_resource("report.css"))),
+        # Here and not at the end: a theme that the reader chose must hold before anything is drawn.
+        tag("script", Markup(_resource("report.js"))),
     )
 
 
@@ -88,11 +95,12 @@ def _header(report: Report, name: str) -> Markup:
         _float_metric(report),
         report.created,
     ]
+    themes = [tag("option", word, value=word.lower()) for word in ("System", "Light", "Dark")]
     return tag(
         "header",
         tag("div", tag("p", "s2d-deploy report", class_="brand"), tag("h1", name), _facts(facts), class_="title"),
         # The script shows it: without a script it could do nothing.
-        tag("button", "Theme", id="theme", type="button", hidden=True, aria_label="Switch between light and dark"),
+        tag("label", "Theme", tag("select", join(themes), id="theme"), class_="theme", hidden=True),
     )
 
 
@@ -116,6 +124,7 @@ def _banner(report: Report) -> Markup:
             "li",
             tag("strong", g.name),
             f" on {words.gate_place(g)}: {fmt.anything(g.value)}, limit {fmt.anything(g.limit)} ({g.verdict})",
+            tag("small", fmt.anything(g.evidence)) if g.evidence else None,
         )
         for g in open_gates[:_GATES_IN_BANNER]
     ]
@@ -143,8 +152,9 @@ def _figures(report: Report) -> Markup | None:
     return tag("dl", join(tiles), class_="tiles") if found else None
 
 
-def _section(key: str, title: str, body: Markup) -> Markup:
-    return tag("section", tag("h2", title, id=f"{key}-title"), body, id=key, aria_labelledby=f"{key}-title")
+def _section(key: str, title: str, body: Markup, command: tuple[str, str] | None) -> Markup:
+    again = _command(*command) if command else None
+    return tag("section", tag("h2", title, id=f"{key}-title"), body, again, id=key, aria_labelledby=f"{key}-title")
 
 
 def _results(results: Sequence[Result]) -> Markup | None:
@@ -173,21 +183,21 @@ def _choice(label: str, key: str, values: Sequence[str]) -> Markup:
 def _controls(name: str, *fields: Markup) -> Markup:
     # Shown by the script, as the button above.
     return tag(
-        "form", *fields, tag("output", aria_live="polite"), data_for=f"{name}-table", class_="controls", hidden=True
+        "form",
+        *fields,
+        tag("output", aria_live="polite"),
+        data_for=f"{name}-table",
+        class_="controls",
+        hidden=True,
+        aria_label=f"Filter the {name}",
     )
-
-
-def _gates(report: Report) -> Markup:
-    if not report.gates:
-        return tag("p", "No gates were asked for.", class_="empty")
-    return tables.gates_table(report.gates)
 
 
 def _performance(labelled: plots.Labelled) -> Markup | None:
     drawn = plots.grid(
         [
             *plots.accuracy(labelled),
-            plots.tradeoff(labelled),
+            *plots.tradeoff(labelled),
             plots.latency(labelled),
             plots.executed(labelled),
             speed.roofline(labelled),
@@ -198,6 +208,7 @@ def _performance(labelled: plots.Labelled) -> Markup | None:
         "Latency in numbers": tables.latency_table(labelled),
         "Cold start, memory and roofline in numbers": speed.resources_table(labelled),
         "Multiply-accumulates by kernel": speed.kernels_table(labelled),
+        "What the measured placement left in float": speed.placement_table(labelled),
     }
     details = [tag("details", tag("summary", words), shown) for words, shown in numbers.items() if shown]
     return join([drawn, *details]) if drawn or details else None
@@ -241,32 +252,6 @@ def _tau(report: Report) -> float | None:
     return next((float(v) for v in places if isinstance(v, int | float) and not isinstance(v, bool)), None)
 
 
-def _layers(report: Report, labelled: plots.Labelled) -> Markup | None:
-    audited = [(label, r) for label, r in labelled if r.audit and r.audit.ops]
-    # The narrowest first: what it executes is what one comes here to see.
-    audited.sort(key=lambda pair: -words.width_rank(pair[1].precision))
-    found = tables.layers_table(report, audited)
-    if found is None:
-        return None
-    search = tag("label", "Search", tag("input", type="search", placeholder="layer, kernel, precision", data_key="*"))
-    fields = [search]
-    if audited:
-        options = (tag("option", label, value=i) for i, (label, _) in enumerate(audited))
-        fields.append(tag("label", "Executed as", tag("select", join(options), data_shows=True)))
-    evidence = [
-        tag("li", tag("strong", label), f": {'; '.join(part for part in (r.audit.evidence, *r.audit.notes) if part)}")
-        for label, r in audited
-        if r.audit and (r.audit.evidence or r.audit.notes)
-    ]
-    sources = (
-        tag("details", tag("summary", "Where the execution was read"), tag("ul", join(evidence))) if evidence else None
-    )
-    first = (
-        tag("p", f"Execution and code differences of {audited[0][0]}.", class_="note only-print") if audited else None
-    )
-    return join([_controls("layers", *fields), first, found, sources])
-
-
 def _parity(labelled: plots.Labelled) -> Markup | None:
     found = tables.parity_table(labelled)
     if found is None:
@@ -275,7 +260,17 @@ def _parity(labelled: plots.Labelled) -> Markup | None:
         "Accumulators are compared bit for bit, each layer fed with the simulation's own codes. Codes are compared end "
         "to end: there float operators may round differently and flip a code at a boundary."
     )
-    return join([tag("p", note, class_="note"), found, report_parity.section(labelled)])
+    # Where something differs, the run left a small model that shows it.
+    small = [
+        (label, str(path))
+        for label, r in labelled
+        if r.parity and (path := (r.parity.explanation or {}).get("reproducer"))
+    ]
+    shown = [
+        _command(f"The first difference of {label}, alone", f"cd {shlex.quote(path)} && python run.py")
+        for label, path in small
+    ]
+    return join([tag("p", note, class_="note"), found, report_parity.section(labelled), *shown])
 
 
 def _environment(report: Report) -> Markup:
@@ -290,6 +285,9 @@ def _environment(report: Report) -> Markup:
             ("System", host.os or fmt.MISSING),
             ("GPU", fmt.anything(host.gpu) if host.gpu else "none"),
         ]
+    if data := _data(report):
+        pairs.append(("Samples", data))
+    pairs += _ceilings(report)
     versions = [(name, version or fmt.MISSING) for name, version in report.versions.items()]
     cards = [
         tag("div", tag("h3", title), _pairs(listed), class_="card")
@@ -298,16 +296,43 @@ def _environment(report: Report) -> Markup:
     ]
     commands = [("This run", fmt.command_line(report.command))] if report.command else []
     commands += [(entry.figure, fmt.command_line(entry.command)) for entry in report.reproduce]
+    if checking := report_reproduce.bundles(report):
+        commands.append(("The evidence", checking))
+    note = "In the run's folder a command shows what is stored there; with another --output it measures again."
     lost = f"Not a finite number, shown as {fmt.MISSING}: {', '.join(report.not_finite)}."
     return join(
         [
             tag("div", join(cards), class_="plots") if cards else None,
             tag("h3", "Reproduce") if commands else None,
+            tag("p", note, class_="note") if commands else None,
             *(_command(what, command) for what, command in commands),
             _recipe(report.recipe),
             tag("p", lost, class_="note") if report.not_finite else None,
         ]
     )
+
+
+def _data(report: Report) -> str | None:
+    """What the model was judged on: equal digests can be compared sample by sample."""
+    data = (report.model_extra or {}).get("data")
+    if not isinstance(data, dict):
+        return None
+    samples = f"{n:,}" if isinstance(n := data.get("samples"), int) else fmt.MISSING
+    return f"{samples}, SHA-256 {str(data.get('sha256'))[:12]}"
+
+
+def _ceilings(report: Report) -> list[tuple[str, str]]:
+    """What the machine can do at best, as the roofline measured it."""
+    roof = next((r.roofline.model_extra or {} for r in report.results if r.roofline and r.roofline.model_extra), {})
+    peaks, memory = roof.get("peaks"), roof.get("gigabytes_per_second")
+    found = [
+        (f"Peak {kind}", f"{fmt.number(rate, 3)} GMAC/s")
+        for kind, peak in (peaks.items() if isinstance(peaks, dict) else ())
+        if isinstance(peak, dict) and isinstance(rate := peak.get("gmacs"), int | float)
+    ]
+    if isinstance(memory, int | float):
+        found.append(("Memory reads", f"{fmt.number(memory, 3)} GB/s"))
+    return found
 
 
 def _pairs(pairs: Sequence[tuple[str, str]]) -> Markup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 from s2d_deploy import report_format as fmt
@@ -67,7 +68,7 @@ def throughput(results: Labelled) -> Markup | None:
             marks.append(svg.mark(across, up, shape, colour(r.precision), title, r=5))
     precisions = list(dict.fromkeys(r.precision for _, r, _ in rows))
     key = svg.legend(
-        *((shapes[i % len(shapes)], "p-neutral", target) for i, target in enumerate(targets)),
+        *((shapes[i % len(shapes)], "p-neutral hollow", target) for i, target in enumerate(targets)),
         *(("dot", colour(p), p) for p in precisions),
     )
     return figure(
@@ -113,6 +114,42 @@ def resources_table(results: Labelled) -> Markup | None:
             )
         )
     return table("resources", "Cold start, memory, roofline", columns, rows)
+
+
+def placement_table(results: Labelled) -> Markup | None:
+    """What a measured placement left in float, and why: exceptions from the declared precision that were asked for."""
+    placed = [
+        (label, found)
+        for label, r in results
+        if isinstance(found := (r.model_extra or {}).get("placement"), Mapping) and found
+    ]
+    if not placed:
+        return None
+    columns = [
+        Column("Result"),
+        Column("Kept in float", True, "ops that were faster in float than in any integer form"),
+        Column("Forms", True, "integer forms of ops in use"),
+        Column("Margin", True, "how much faster a form must be to be taken"),
+        Column("Why"),
+        Column("Ops in float"),
+    ]
+    rows = []
+    for label, found in placed:
+        kept = found.get("kept_float")
+        kept = kept if isinstance(kept, list) else []
+        forms, margin = (v if isinstance(v := found.get(k), int | float) else None for k in ("forms", "margin"))
+        rows.append(
+            tag(
+                "tr",
+                cell(label, head=True),
+                num(fmt.count(len(kept)), len(kept)),
+                num(fmt.trimmed(forms), forms),
+                num(fmt.percent(margin), margin),
+                cell(fmt.anything(found.get("why")), class_="prose"),
+                cell(fmt.anything(kept) if kept else "none", class_="prose"),
+            )
+        )
+    return table("placement", "What the measured placement left in float", columns, rows)
 
 
 def kernels_table(results: Labelled) -> Markup | None:

@@ -1,21 +1,19 @@
-"""The tables of report.html: results, gates, latency, layers, parity.
+"""The tables of report.html: results, latency, parity. Gates and layers have modules of their own.
 
 A cell carries its sort value in `data-v`; a missing value has none and sorts last, whatever the order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from s2d_deploy import report_format as fmt
-from s2d_deploy import report_summary as words
 from s2d_deploy.markup import Markup, join, tag
 from s2d_deploy.plots import Labelled, colour
-from s2d_deploy.plots_layers import sparkline
-from s2d_deploy.report_schema import ActivationRange, ConditionedLayer, Gate, LayerState, Op, Report, Result, SiteParity
+from s2d_deploy.report_schema import Latency, Parity, Result, SiteParity
 
-_MANY_GATES = 20  # above it, those that passed are folded away
 _CHIP_SIGNS = {"pass": "✓", "fail": "✕", "undecided": "?", "measured": "●", "built": "◐", "unavailable": "○"}
 
 
@@ -154,60 +152,56 @@ def _share_cell(different: int | None, checked: int | None) -> Markup:
     return num(shown, different / checked, below=f"of {fmt.short_count(checked)}", title=fmt.of(different, checked))
 
 
-def gates_table(gates: Sequence[Gate]) -> Markup:
-    """Gates, the failed ones on top."""
-    columns = [
-        Column("Verdict"),
-        Column("Gate"),
-        Column("Where"),
-        Column("Value", True),
-        Column("Limit", True),
-        Column("Evidence"),
-    ]
-
-    def rows(chosen: Sequence[Gate]) -> Iterator[Markup]:
-        for g in words.worst_first(chosen):
-            yield tag(
-                "tr",
-                cell(chip(g.verdict), value=g.verdict),
-                cell(g.name, head=True),
-                cell(words.gate_place(g)),
-                num(fmt.anything(g.value), g.value if isinstance(g.value, int | float) else None),
-                num(fmt.anything(g.limit), g.limit if isinstance(g.limit, int | float) else None),
-                cell(fmt.anything(g.evidence), class_="prose"),
-            )
-
-    if len(gates) <= _MANY_GATES:
-        return table("gates", "Gates", columns, rows(gates))
-    passed = [g for g in gates if g.verdict == "pass"]
-    rest = [g for g in gates if g.verdict != "pass"]
-    folded = tag(
-        "details",
-        tag("summary", f"{len(passed)} gates passed"),
-        table("gates-passed", "Gates passed", columns, rows(passed)),
-    )
-    return join([table("gates", "Gates", columns, rows(rest)), folded] if rest else [folded])
-
-
 def latency_table(results: Labelled) -> Markup | None:
     """Percentiles and the conditions of each latency measurement."""
     timed = [(label, r, r.latency_ms) for label, r in results if r.latency_ms and r.latency_ms.p50 is not None]
     if not timed:
         return None
     titles = ("min", "p50", "p90", "p99", "max", "Samples", "Warm-up", "Threads", "Batch")
-    columns = [Column("Result"), *(Column(t, True) for t in titles), Column("Stable"), Column("Note")]
+    columns = [
+        Column("Result"),
+        *(Column(t, True) for t in titles),
+        Column("Outliers", True, "samples far from the rest; they are kept"),
+        Column("Stable"),
+        Column("Clock, load", False, "clock of the cores, and load average, before → after the measurement"),
+        Column("Note"),
+    ]
     rows = (
         tag(
             "tr",
             cell(label, head=True),
             *(num(fmt.milliseconds(v), v) for v in (t.min, t.p50, t.p90, t.p99, t.max)),
             *(num(fmt.count(v), v) for v in (len(t.samples) or None, t.warmup, t.threads, t.batch)),
+            num(*_outliers(t)),
             cell({True: "yes", False: "no", None: None}[t.stable]),
+            cell(_conditions(t)),
             cell(t.note, class_="prose"),
         )
         for label, _, t in timed
     )
     return table("latency", "Latency measurements", columns, rows)
+
+
+def _outliers(t: Latency) -> tuple[str, float | None]:
+    found = (t.model_extra or {}).get("outliers")
+    return (fmt.count(len(found)), float(len(found))) if isinstance(found, list) else (fmt.MISSING, None)
+
+
+def _conditions(t: Latency) -> str | None:
+    """``2596 MHz, load 7.05 → 7.12``."""
+    found = (t.model_extra or {}).get("conditions")
+    sides = [found.get(side) for side in ("before", "after")] if isinstance(found, Mapping) else []
+    known: list[Mapping[str, Any]] = [side for side in sides if isinstance(side, Mapping)]
+    clocks = [v for side in known for v in side.get("clock_mhz") or [] if isinstance(v, int | float)]
+    loads = [v for side in known if isinstance(v := side.get("load_average"), int | float)]
+    shown = (
+        [f"{min(clocks):.0f}" + (f" to {max(clocks):.0f}" if max(clocks) > min(clocks) else "") + " MHz"]
+        if clocks
+        else []
+    )
+    if loads:
+        shown.append(f"load {' → '.join(f'{v:.2f}' for v in loads)}")
+    return ", ".join(shown) or None
 
 
 def parity_table(results: Labelled) -> Markup | None:
@@ -217,6 +211,7 @@ def parity_table(results: Labelled) -> Markup | None:
         return None
     columns = [
         Column("Result"),
+        Column("Verdict", False, "of the explanation: whether every difference is accounted for"),
         Column("Accumulators checked", True),
         Column("different", True, "teacher-forced: the simulation's codes go in, int32 accumulators come out"),
         Column("Codes checked", True),
@@ -224,12 +219,14 @@ def parity_table(results: Labelled) -> Markup | None:
         Column("Top-1 flips", True),
         Column("SNR", True, "of the output against the simulation's"),
         Column("Max error", True),
+        Column("With itself", False, "the same input in other batches, run again, and from a second build"),
         Column("Most different site"),
     ]
     rows = (
         tag(
             "tr",
             cell(label, head=True),
+            cell(chip(p.verdict) if p.verdict else None, value=p.verdict),
             num(fmt.count(p.accumulators_checked), p.accumulators_checked),
             num(fmt.count(p.accumulators_different), p.accumulators_different),
             num(fmt.count(p.codes_checked), p.codes_checked),
@@ -237,11 +234,24 @@ def parity_table(results: Labelled) -> Markup | None:
             num(fmt.count(p.top1_flips), p.top1_flips),
             num(fmt.MISSING if p.snr_db is None else f"{p.snr_db:.1f} dB", p.snr_db),
             num(fmt.number(p.max_error, 3), p.max_error),
+            cell(_consistent(p), class_="wraps"),
             cell(_worst_site(p.sites), class_="prose"),
         )
         for label, p in compared
     )
     return table("parity", "Parity of simulation and runtime", columns, rows)
+
+
+def _consistent(p: Parity) -> str | None:
+    runs = (p.consistency or {}).get("runs")
+    known = [run for run in runs if isinstance(run, Mapping)] if isinstance(runs, list) else []
+    if not known:
+        return None
+    same = sum(bool(run.get("identical")) for run in known)
+    if same == len(known):
+        return f"identical in {same} runs"
+    what = "rounding" if (p.consistency or {}).get("agrees") else "differs"
+    return f"{what} in {len(known) - same} of {len(known)} runs"
 
 
 def _worst_site(sites: Sequence[SiteParity]) -> str | None:
@@ -252,126 +262,3 @@ def _worst_site(sites: Sequence[SiteParity]) -> str | None:
     if share == 0:
         return f"none of {len(counted)}"
     return f"{site.site} ({fmt.percent(share, 2)})"
-
-
-def layers_table(report: Report, audited: Labelled) -> Markup | None:
-    """One row for each layer or contraction: conditioning, and how each result executes it.
-
-    The executions of all results are in the page; the script shows one result at a time.
-    """
-    conditioned = {layer.name: layer for layer in report.conditioning.layers} if report.conditioning else {}
-    ops = [{op.name: op for op in r.audit.ops} if r.audit else {} for _, r in audited]
-    sites = [r.parity.sites if r.parity else [] for _, r in audited]
-    ranges: dict[str, ActivationRange] = {}
-    for entry in report.ranges or []:
-        ranges.setdefault(_op_of(entry), entry)
-    names = list(dict.fromkeys([*conditioned, *(name for found in ops for name in found)]))
-    if not names:
-        return None
-    columns = [
-        Column("Layer"),
-        Column("Flagged"),
-        Column("k", True, "target rank"),
-        Column("PCDR", True, "at the target rank, before → after"),
-        Column("\N{GREEK SMALL LETTER SIGMA} max", True, "largest singular value, before → after"),
-        Column("Max |output|", True, "largest absolute activation, before → after"),
-        Column("Kurtosis", True, "before → after"),
-        Column("Input range", True, "largest absolute input of the quantizer, before → after"),
-        Column("Spectrum"),
-        Column("Executed"),
-        Column("Codes ≠", True, "activation codes of this layer's sites that differ from the simulation, end to end"),
-    ]
-    rows = (
-        _layer_row(
-            name, conditioned.get(name), ranges.get(name), [f.get(name) for f in ops], [_of_op(name, s) for s in sites]
-        )
-        for name in names
-    )
-    return table("layers", "Layers", columns, rows)
-
-
-def _op_of(entry: ActivationRange) -> str:
-    return entry.layer or entry.site.removesuffix(".input")
-
-
-def _of_op(op: str, sites: Sequence[SiteParity]) -> tuple[int, int] | None:
-    """(different, checked) codes over the activation sites of one op."""
-    stem, _, kind = op.rpartition(".")
-    wanted = {"scores": {f"{stem}.query", f"{stem}.key"}, "context": {f"{stem}.probs", f"{stem}.value"}}.get(
-        kind, set()
-    )
-    wanted |= {f"{op}.input"}
-    counted = [(s.different, s.checked) for s in sites if s.site in wanted and s.different is not None and s.checked]
-    return (sum(d for d, _ in counted), sum(c for _, c in counted)) if counted else None
-
-
-def _layer_row(
-    name: str,
-    layer: ConditionedLayer | None,
-    spread: ActivationRange | None,
-    ops: Sequence[Op | None],
-    parity: Sequence[tuple[int, int] | None],
-) -> Markup:
-    before = layer.before if layer and layer.before else LayerState()
-    after = layer.after if layer and layer.after else LayerState()
-    flagged = layer.flagged if layer else None
-    k = layer.k_target if layer else None
-    cells = [
-        cell(name, head=True, class_="path"),
-        cell(
-            {True: chip("flagged"), False: "no", None: None}[flagged],
-            value={True: "1", False: "0", None: None}[flagged],
-        ),
-        num(fmt.count(k), k),
-        _change(words.pcdr(layer, before) if layer else None, words.pcdr(layer, after) if layer else None),
-        _change(before.sigma_max, after.sigma_max),
-        _change(before.max_abs_activation, after.max_abs_activation),
-        _change(before.kurtosis, after.kurtosis),
-        _change(
-            spread.before.absmax if spread and spread.before else None,
-            spread.after.absmax if spread and spread.after else None,
-        ),
-        cell(sparkline(layer) if layer else None),
-        tag("td", join(_execution(i, op) for i, op in enumerate(ops))),
-        tag("td", join(_differing(i, pair) for i, pair in enumerate(parity)), class_="num"),
-    ]
-    return tag("tr", *cells)
-
-
-def _change(before: float | None, after: float | None) -> Markup:
-    if before is None and after is None:
-        return num(fmt.MISSING)
-    value = after if after is not None else before
-    return num(f"{fmt.number(before, 3)} → {fmt.number(after, 3)}", value)
-
-
-def _execution(index: int, op: Op | None) -> Markup:
-    if op is None:
-        return tag("span", fmt.MISSING, data_result=index, hidden=index > 0)
-    ran = op.precision or fmt.MISSING
-    content = join(
-        [
-            ran,
-            tag("small", op.kernel) if op.kernel else None,
-            chip(f"declared {op.declared}") if fell_back(op) else None,
-        ]
-    )
-    return tag("span", content, data_result=index, data_v=ran, hidden=index > 0)
-
-
-def fell_back(op: Op) -> bool:
-    """Both operands were declared integers, yet a float kernel ran (as `session.Audit.mismatches`)."""
-    declared, ran = op.declared, op.precision
-    return (
-        bool(declared and ran)
-        and declared not in ("float", "W4A16", "W8A16")
-        and not (ran or "").startswith(("int", "nvfp4"))
-    )
-
-
-def _differing(index: int, pair: tuple[int, int] | None) -> Markup:
-    if pair is None:
-        return tag("span", fmt.MISSING, data_result=index, hidden=index > 0)
-    shown = "0" if pair[0] == 0 else fmt.percent(pair[0] / pair[1], 2)
-    value = repr(pair[0] / pair[1])
-    return tag("span", shown, data_result=index, data_v=value, hidden=index > 0, title=fmt.of(*pair))

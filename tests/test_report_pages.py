@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 from report_sample import LAYERS, sample_report
 
 from s2d_deploy import report_format as fmt
@@ -26,10 +28,13 @@ from s2d_deploy.plots import pareto
 from s2d_deploy.report import to_json, validate
 from s2d_deploy.report_html import to_html
 from s2d_deploy.report_markdown import cell, to_markdown
+from s2d_deploy.report_reproduce import commands
 from s2d_deploy.report_summary import labels
 
+_report_document = import_module("_report_document")
+
 EVIL = "<script>alert('x')</script> \" & | `code` [a](http://e.example) </title></style>\x00\x1b"
-VOID = {"meta", "input", "br", "hr"}
+VOID = {"meta", "input", "br", "hr", "wbr"}
 EMPTY: dict[str, Any] = {"schema_version": "1", "results": [], "verdict": "undecided"}
 
 
@@ -100,7 +105,7 @@ def without(document: dict[str, Any], change: Callable[[dict[str, Any]], None]) 
 def test_the_page_is_well_formed_and_says_the_verdict_first() -> None:
     page = Page(html(sample_report()))
     assert page.text.index("Fail 4 of 7 gates passed, 2 failed and 1 undecided.") < page.text.index("Results Target")
-    assert page.count("table") == 7
+    assert sum("data-sortable" in a for t, a in page.elements if t == "table") == 7
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     targets = [a["href"] for t, a in page.elements if t == "a"]
@@ -216,12 +221,107 @@ def test_any_gate_and_any_text_render(value: Any, limit: Any, evidence: Any, tex
     assert len(re.findall(r"(?<!\\)\|", table[0].replace("\\\\", ""))) == 7
 
 
-def test_every_layer_has_a_row_and_a_fallback_is_shown() -> None:
+def test_every_layer_has_a_row_and_a_card_and_a_fallback_is_shown() -> None:
     page = Page(html(sample_report()))
-    for layer in LAYERS:
-        assert layer in page.text
+    names = [a.get("data-v") for t, a in page.elements if t == "th" and a.get("class") == "path"]
+    assert names[: len(LAYERS)] == LAYERS
+    cards = [a["id"] for t, a in page.elements if t == "details" and a.get("class") == "layer card"]
+    assert cards == [f"layer-{i}" for i in range(len(names))]
     assert "declared W4A4" in page.text
+    assert "2 fell back to float" in page.text
     assert page.count("option", value="0") == 1
+
+
+def test_a_card_joins_what_is_known_of_a_layer() -> None:
+    text = html(_report_document.document(blocks=2, width=64, outcomes=50))
+    name = "vit.encoder.layer.1.output.dense"
+    card = next(c for c in text.split("<details")[1:] if c.startswith(' id="layer-') and f"Error of {name}" in c)
+    shown = Page(f"<details{card[: card.index('</details>')]}</details>").text
+    for part in (
+        "fault found",
+        "wrong scale: the scale is 2 times",
+        "PCDR, 3 leading",
+        "input std",
+        "Share of the final",
+    ):
+        assert part in shown
+    assert shown.count("vpdpbusd") == 3, "one for each integer precision of TVM"
+    assert shown.count("built, not run") == 5
+    # The products of attention have no weights, but operands: their codes are counted.
+    assert "Error of vit.encoder.layer.0.attention.attention.scores" in text
+
+
+def test_every_newer_key_is_shown() -> None:
+    text = Page(html(_report_document.document(blocks=2, width=64, outcomes=50))).text
+    for part in (
+        "-0.4 to 0.7",  # a gate's interval
+        "accuracy_drop against its limit",
+        "2596 MHz, load 0.31 → 3.90",
+        "What the measured placement left in float",
+        "rounding in 1 of 4 runs",
+        "The gap in parts",
+        "Error by depth, w4a4",
+        "50, SHA-256 000000000000",
+        "Peak int8 970 GMAC/s",
+        "Throughput over batch sizes",
+        "s2d-deploy report --check evidence.zip",
+        "cd verify/tvm/w4a4/reproducer && python run.py",
+        "s2d-deploy bench vit-base.yaml --output runs/vit-base --set calibrate.samples=512",
+    ):
+        assert part in text, part
+
+
+@settings(max_examples=40, deadline=None)
+@given(junk=json_like)
+def test_keys_that_are_no_part_of_the_schema_may_hold_anything(junk: Any) -> None:
+    document = sample_report()
+    document["data"] = junk
+    for result in document["results"]:
+        result["placement"] = junk
+        for part in ("latency_ms", "roofline"):
+            if result.get(part):
+                result[part] |= {"conditions": junk, "outliers": junk, "peaks": junk, "gigabytes_per_second": junk}
+    for gate in document["gates"]:
+        gate |= {"interval": junk, "detectable": junk, "samples_needed": junk}
+    Page(html(document))
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("s2d-deploy run a.yaml", "s2d-deploy bench a.yaml"),
+        (["s2d-deploy", "report", "a b.yaml", "-o", "x"], "s2d-deploy bench 'a b.yaml' -o x"),
+        ("s2d-deploy gate --set=a=1 digits-vit --baseline b.json --json", "s2d-deploy bench --set=a=1"),
+        (
+            "/usr/bin/s2d-deploy run a.yaml --target ort --target tvm",
+            "s2d-deploy bench a.yaml --target ort --target tvm",
+        ),
+        ("s2d-deploy run a.yaml --bundle e.zip --quiet", "s2d-deploy bench a.yaml"),
+        ("s2d-deploy run a.yaml --unknown 3", None),
+        ("s2d-deploy run a.yaml b.yaml", None),
+        ("s2d-deploy compare a b", None),
+        ("python make.py a.yaml", None),
+        ("s2d-deploy run 'open", None),
+        ("s2d-deploy run --output", None),
+    ],
+)
+def test_each_figure_has_its_command(command: str | list[str], expected: str | None) -> None:
+    found = commands(validate(to_json({**EMPTY, "command": command})))
+    if expected is None:
+        assert found == {}
+    else:
+        assert found["performance"][1].startswith(expected.removesuffix(" --set=a=1"))
+        assert all(what and line.startswith("s2d-deploy ") for what, line in found.values())
+
+
+def test_labels_of_the_front_do_not_cover_each_other() -> None:
+    document = sample_report()
+    plot = next(p for p in html(document).split("<figure") if "Top-1 against latency" in p)
+    assert sorted(re.findall(r'class="name"[^>]*>([^<]*)<', plot)) == ["ort fp32", "ort w8a8"]
+    other = {**document["results"][0], "metric": {**document["results"][0]["metric"], "name": "top-5"}}
+    more = html({**document, "results": [*document["results"], other, {**other, "device": "gpu"}]})
+    assert "Top-5 against latency" in more
+    assert "Top-1 against latency" in more
 
 
 def test_a_large_model_stays_small_and_fast() -> None:
