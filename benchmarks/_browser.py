@@ -195,8 +195,10 @@ class Browser:
             BrowserError: nothing matches, or it is not drawn.
         """
         place = self.value(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); if (!e) return null;"
+            f"(async () => {{ const e = document.querySelector({json.dumps(selector)}); if (!e) return null;"
             "e.scrollIntoView({block: 'center', inline: 'center', behavior: 'instant'});"
+            # Until the page has been told that it was scrolled.
+            "for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);"
             "const b = e.getBoundingClientRect();"
             "return [b.left + b.width / 2, b.top + b.height / 2, b.width + b.height]; })()"
         )
