@@ -172,7 +172,18 @@ def _results(results: Sequence[Result]) -> Markup | None:
     metrics = tables.metrics(results)
     if len(metrics) == 1:
         note = f"Metric: {metrics[0]}. {note}"
-    return join([_controls("results", *choices), tables.results_table(results), tag("p", note, class_="note")])
+    reasons = [
+        tag("li", tag("strong", ", ".join(which)), f": {reason}")
+        for reason, which in tables.long_reasons(results).items()
+    ]
+    return join(
+        [
+            _controls("results", *choices),
+            tables.results_table(results),
+            tag("p", note, class_="note"),
+            tag("ul", join(reasons), class_="note") if reasons else None,
+        ]
+    )
 
 
 def _choice(label: str, key: str, values: Sequence[str]) -> Markup:

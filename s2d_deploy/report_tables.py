@@ -14,6 +14,7 @@ from s2d_deploy.markup import Markup, join, tag
 from s2d_deploy.plots import Labelled, colour
 from s2d_deploy.report_schema import Latency, Parity, Result, SiteParity
 
+_LONG_REASON = 90  # characters; a longer one makes a row of the table tall, and stands below it
 _CHIP_SIGNS = {"pass": "✓", "fail": "✕", "undecided": "?", "measured": "●", "built": "◐", "unavailable": "○"}
 
 
@@ -37,7 +38,9 @@ def table(
         tag("tbody", join(rows)),
     ]
     body = tag("table", *inner, id=f"{name}-table", data_sortable=sortable)
-    return tag("div", body, class_="scroll", tabindex=0, role="region", aria_label=caption)
+    # A landmark for each of the large tables; the small ones of the cards would be hundreds.
+    role = "region" if sortable else "group"
+    return tag("div", body, class_="scroll", tabindex=0, role=role, aria_label=caption)
 
 
 def chip(word: str) -> Markup:
@@ -95,7 +98,7 @@ def results_table(results: Sequence[Result]) -> Markup:
 def _result_row(r: Result, *, one_metric: bool) -> Markup:
     m, p, t = r.metric, r.parity, r.latency_ms
     change = m.measured - m.float_model if m and m.measured is not None and m.float_model is not None else None
-    about = r.device if r.status == "measured" else r.reason or "no reason given"
+    about = r.device if r.status == "measured" else _first_sentence(r.reason or "no reason given")
     interval = None
     if r.speedup_ci and len(r.speedup_ci) == 2:
         interval = f"{fmt.number(r.speedup_ci[0], 3)}\N{EN DASH}{fmt.number(r.speedup_ci[1], 3)}"
@@ -131,6 +134,22 @@ def _result_row(r: Result, *, one_metric: bool) -> Markup:
         ),
     ]
     return tag("tr", *cells, data_target=r.target, data_precision=r.precision, data_status=r.status)
+
+
+def long_reasons(results: Sequence[Result]) -> dict[str, list[str]]:
+    """Reasons that the table cuts after their first sentence, each with the results that gave it."""
+    found: dict[str, list[str]] = {}
+    for r in results:
+        if r.status != "measured" and r.reason and _first_sentence(r.reason) != r.reason:
+            found.setdefault(r.reason, []).append(f"{r.target} {r.precision}")
+    return found
+
+
+def _first_sentence(reason: str) -> str:
+    if len(reason) <= _LONG_REASON:
+        return reason
+    first = reason.partition(". ")[0]
+    return f"{first}." if len(first) <= _LONG_REASON else f"{first[:_LONG_REASON]}…"
 
 
 def metrics(results: Sequence[Result]) -> list[str]:
@@ -174,7 +193,7 @@ def latency_table(results: Labelled) -> Markup | None:
             *(num(fmt.count(v), v) for v in (len(t.samples) or None, t.warmup, t.threads, t.batch)),
             num(*_outliers(t)),
             cell({True: "yes", False: "no", None: None}[t.stable]),
-            cell(_conditions(t)),
+            cell(_conditions(t), class_="wraps"),
             cell(t.note, class_="prose"),
         )
         for label, _, t in timed

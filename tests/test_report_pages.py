@@ -232,6 +232,15 @@ def test_every_layer_has_a_row_and_a_card_and_a_fallback_is_shown() -> None:
     assert page.count("option", value="0") == 1
 
 
+def test_a_long_reason_stands_once_below_the_table() -> None:
+    reason = "no NVIDIA driver on this machine. Found: libcuda.so.1: cannot open shared object file: No such file."
+    rows = [{"target": "tensorrt", "precision": p, "status": "unavailable", "reason": reason} for p in ("w8a8", "w4a4")]
+    text = Page(html({**EMPTY, "results": rows})).text
+    assert text.count("no NVIDIA driver on this machine.") == 3
+    assert text.count("libcuda.so.1") == 1
+    assert "tensorrt w8a8, tensorrt w4a4 : no NVIDIA driver" in text
+
+
 def test_a_card_joins_what_is_known_of_a_layer() -> None:
     text = html(_report_document.document(blocks=2, width=64, outcomes=50))
     name = "vit.encoder.layer.1.output.dense"
