@@ -74,7 +74,11 @@ def section(report: Report, labelled: Labelled) -> Markup | None:
             note,
             _table(layers, audited),
             tag("h3", "Layer by layer", id="cards"),
-            tag("p", "Everything known of one layer. The search above filters these, too.", class_="note"),
+            tag(
+                "p",
+                "Everything known of one layer. The search above filters these, too.",
+                class_="note only-screen",
+            ),
             tag("div", join(cards), class_="cards"),
             _evidence(audited),
         ]
