@@ -144,7 +144,8 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
     b, panels, lanes = ir(), geometry.panels, isa.lanes
     count, columns, valid = panels.count, panels.columns, panels.n
     vectors = -(-valid // lanes)
-    cuts = cuts_of(geometry.products, geometry.rows, isa.rows)
+    high = isa.rows_of(panels.width)
+    cuts = cuts_of(geometry.products, geometry.rows, high)
     one_matrix = count * panels.shape[1] * panels.shape[2]
     one_panel = panels.shape[1] * panels.shape[2]
     arguments = [
@@ -166,11 +167,11 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
             outer, inner = product // geometry.batch[1], product % geometry.batch[1]
             base, left = product * one_matrix, place_of(geometry.left, outer, inner, 0, 0)
             starts = b.alloc_buffer((columns,), "int32")
-            out = b.alloc_buffer((isa.rows * panels.width,), "int32")
-            scores = b.alloc_buffer((isa.rows * columns,), "float32")
-            largest = b.alloc_buffer((isa.rows * lanes,), "float32")
+            out = b.alloc_buffer((high * panels.width,), "int32")
+            scores = b.alloc_buffer((high * columns,), "float32")
+            largest = b.alloc_buffer((high * lanes,), "float32")
             lane_values = b.alloc_buffer((lanes,), "float32")
-            totals = b.alloc_buffer((isa.rows,), "float32")
+            totals = b.alloc_buffer((high,), "float32")
             scratch = scratch_of(epilogue, lanes)
 
             def codes_of(p: Any) -> Any:
@@ -244,6 +245,6 @@ def scores_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue, code: Step, 
                         each_vector(panels, lanes, p, lambda v, lane: score(p, r, first + r, v, lane))
                 softmax(first, height)
 
-            each_tile(geometry.rows, isa.rows, cut, cuts, rows)
+            each_tile(geometry.rows, high, cut, cuts, rows)
 
     return prim_func(arguments, body)

@@ -80,7 +80,7 @@ class _Writer:
         from tvm import tirx
 
         b, panels, blocks, width = ir(), self.panels, self.geometry.blocks, self.panels.width
-        height = self.isa.rows
+        height = self.isa.rows_of(width)
         tiles = -(-self.geometry.rows // height)
         with shares(self.geometry.macs, SERIAL_BELOW, self.geometry.products * panels.count * tiles) as (begin, end):
             self.start = b.alloc_buffer((blocks * width,), "int32")

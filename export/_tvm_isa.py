@@ -74,6 +74,7 @@ _CLASSES: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
     (("asimddp",), {"mattr": ["+neon", "+dotprod"]}),
     (("asimd",), {"mattr": ["+neon"]}),
 )
+_MOST_ROWS = 12  # more make larger functions, not faster ones
 Form = Literal["bytes", "signed bytes", "pairs", "one by one"]
 
 
@@ -84,8 +85,8 @@ class Isa:
     Attributes:
         name: for people, e.g. ``"AVX512-VNNI"``.
         lanes: 32-bit lanes of a vector register.
-        rows: rows of the register tile.
-        widths: panel widths that fit the registers together with `rows`.
+        rows: rows of the register tile of the widest panel; narrower ones have more, see `rows_of`.
+        widths: panel widths, the ones to prefer first.
         form: how codes are multiplied, see `_tvm_multiply`: ``"bytes"``: `dot` takes bytes without sign times signed
             ones; ``"signed bytes"``: it takes signed ones only; ``"pairs"``: bytes are widened to 16 bits and `dot`
             adds pairs of products; ``"one by one"``: widened to 32 bits.
@@ -107,6 +108,10 @@ class Isa:
     group: int = 1
     ahead: int = 1
 
+    def rows_of(self, width: int) -> int:
+        """Rows of the register tile of a panel: as many accumulators as the widest panel's tile has, at most 12 rows."""
+        return max(1, min(_MOST_ROWS, self.rows * max(self.widths) // width))
+
 
 def _dot(name: str, lanes: int, rows: int, widths: tuple[int, ...], dot: str, mnemonic: str) -> Isa:
     return Isa(name, lanes, rows, widths, "bytes", dot, "", mnemonic, 4)
@@ -116,7 +121,7 @@ def _pairs(name: str, lanes: int, rows: int, widths: tuple[int, ...], dot: str, 
     return Isa(name, lanes, rows, widths, "pairs", f"llvm.x86.{dot}", f"llvm.x86.{narrow}", mnemonic, 4)
 
 
-_AVX512_VNNI = _dot("AVX512-VNNI", 16, 6, (64, 48, 32, 16), "llvm.x86.avx512.vpdpbusd.512", "vpdpbusd")
+_AVX512_VNNI = _dot("AVX512-VNNI", 16, 6, (48, 64, 32, 16), "llvm.x86.avx512.vpdpbusd.512", "vpdpbusd")
 _AVX_VNNI = _dot("AVX-VNNI", 8, 6, (16, 8), "llvm.x86.avx512.vpdpbusd.256", "vpdpbusd")
 _AVX512 = _pairs("AVX512", 16, 6, (48, 32, 16), "avx512.pmaddw.d.512", "avx512.pmaddubs.w.512", "vpmaddwd")
 _AVX2 = _pairs("AVX2", 8, 6, (16, 8), "avx2.pmadd.wd", "avx2.pmadd.ub.sw", "vpmaddwd")

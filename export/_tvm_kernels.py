@@ -238,7 +238,8 @@ def float_kernel(isa: Isa, panels: Panels, batch: int, rows: int) -> Any:
 
     b, lanes = ir(), isa.lanes
     count, runs, line = panels.shape
-    cuts = cuts_of(batch * count, rows, isa.rows)
+    high = isa.rows_of(panels.width)
+    cuts = cuts_of(batch * count, rows, high)
     depth, columns = panels.depth, panels.columns
     nothing = splat(tirx.const(0.0, "float32"), lanes)
 
@@ -263,7 +264,7 @@ def float_kernel(isa: Isa, panels: Panels, batch: int, rows: int) -> Any:
                     place = (product * rows + first + r) * columns + p * panels.width + v * lanes
                     b.buffer_store(o, vector[every], [ramp(place, lanes)])
 
-            each_tile(rows, isa.rows, cut, cuts, tile)
+            each_tile(rows, high, cut, cuts, tile)
 
     arguments = [
         ("a", (batch, rows, depth), "float32"),
