@@ -125,12 +125,14 @@ def pcdr_by_layer(layers: Sequence[ConditionedLayer], tau: float | None) -> Mark
                 (layer.name, before, after, f"PCDR{layer.k_target or 1}" + (", flagged" if layer.flagged else ""))
             )
     kept = _largest(rows)
-    plot = _dumbbells(kept, "PCDR at the layer's target rank (rank 1 where none was set)", log=False, fixed=(0.0, 1.0))
+    # Measured on samples, a ratio may pass 1 a little.
+    top = max([1.0, *(v for row in kept for v in row[1:3] if v is not None)])
+    plot = _dumbbells(kept, "PCDR at the layer's target rank (rank 1 where none was set)", log=False, fixed=(0.0, top))
     if plot is None:
         return None
     if tau is not None and 0 <= tau <= 1:
-        top = plot.scale(tau)
-        plot.add(svg.line(top, 2, top, 6 + len(kept) * plot.row, "threshold", f"tau = {fmt.trimmed(tau)}"))
+        limit = plot.scale(tau)
+        plot.add(svg.line(limit, 2, limit, 6 + len(kept) * plot.row, "threshold", f"tau = {fmt.trimmed(tau)}"))
     note = _shown(kept, rows, "layers") + (f" The dashed line is tau = {fmt.trimmed(tau)}." if tau is not None else "")
     return figure("PCDR by layer", plot.render("PCDR by layer before and after conditioning"), note=note, key=key())
 
