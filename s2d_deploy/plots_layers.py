@@ -125,7 +125,7 @@ def pcdr_by_layer(layers: Sequence[ConditionedLayer], tau: float | None) -> Mark
                 (layer.name, before, after, f"PCDR{layer.k_target or 1}" + (", flagged" if layer.flagged else ""))
             )
     kept = _largest(rows)
-    # Measured on samples, a ratio may pass 1 a little.
+    # PCDR passes 1 where later triplets cancel a part of the leading ones.
     top = max([1.0, *(v for row in kept for v in row[1:3] if v is not None)])
     plot = _dumbbells(kept, "PCDR at the layer's target rank (rank 1 where none was set)", log=False, fixed=(0.0, top))
     if plot is None:
