@@ -109,7 +109,7 @@ class Isa:
     ahead: int = 1
 
     def rows_of(self, width: int) -> int:
-        """Rows of the register tile of a panel: as many accumulators as the widest panel's tile has, at most 12 rows."""
+        """Rows of a panel's register tile: as many accumulators as the widest panel's tile has, at most 12 rows."""
         return max(1, min(_MOST_ROWS, self.rows * max(self.widths) // width))
 
 
