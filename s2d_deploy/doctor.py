@@ -36,10 +36,10 @@ def examine() -> dict[str, Any]:
 
     Returns:
         host: see `host.host_facts`; versions: see `host.versions`;
-        runtimes: for each ``{name, available, reason, version, device, details, rungs, install, problems}``, where
-        `rungs` maps each precision to its rung or None, `details`, where the adapter
-        has any, are further lines (ONNX Runtime: its execution providers), `install` is a pip line where the package is missing, and `problems` lists what an
-        adapter failed to answer;
+        runtimes: for each ``{name, available, reason, version, device, rungs, install, problems}``, where
+        `rungs` maps each precision to its rung or None, `install` is a pip line where the package is missing,
+        and `problems` lists what an adapter failed to answer; and ``details``, further lines, where an adapter
+        has any (ONNX Runtime: its execution providers);
         optional: for each ``{name, version, purpose, install}``.
     """
     return {

@@ -118,7 +118,7 @@ static void launch(Index grid, Index size, const std::function<void()>& f) {
   }
 }
 
-// Shared memory that watches its readers and writers: between two barriers no thread may touch what another has written,
+// Shared memory that watches its users: between two barriers no thread may touch what another has written,
 // or write what another has read. The fibers' order hides such races; a GPU's does not.
 static long faults;
 template <class T, int N> struct Shared {

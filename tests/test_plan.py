@@ -124,7 +124,7 @@ def _edit(folder, change):
         (lambda f: (f / "plan.json").unlink(), "plan.json: no such file"),
         (lambda f: (f / "plan.safetensors").unlink(), "plan.json: not a quantization plan"),
         (lambda f: (f / "plan.json").write_text('{"plan_'), "plan.json: truncated, or not JSON"),
-        (lambda f: (f / "plan.json").write_text("[]"), "plan.json: not one of ours. Expected: a JSON object. Found: a list"),
+        (lambda f: (f / "plan.json").write_text("[]"), "plan.json: not one of ours. Expected: a JSON object."),
         (lambda f: _edit(f, lambda d: d.update(plan_version=99)), "unknown plan version. Expected: 1. Found: 99."),
         (lambda f: _edit(f, lambda d: d["ops"].pop(0)), "belongs to no op"),
         (lambda f: _edit(f, lambda d: d["sites"][0]["grid"].update(bits=77)), "Grid.bits is out of range"),
