@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import shutil
 import struct
@@ -26,7 +25,6 @@ from torch import nn
 
 from s2d_deploy.files import digest, sha256_file
 
-OUT = f"..{os.sep}"  # what leads out of a folder
 BUNDLE = "evidence.zip"
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "line", *map(str, range(20)))
 
@@ -543,7 +541,7 @@ def odd_arrays() -> dict[str, bytes]:
         ),
         "text": archive("x.npy", npy("{'descr': '<U4', 'fortran_order': False, 'shape': (2,)}", b"\0" * 32)),
         "no dimensions": archive("x.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': ()}", b"\0" * 4)),
-        "names": archive(f"{OUT}{OUT}x.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", b"\0" * 4)),
+        "names": archive("../../x.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", b"\0" * 4)),
         "one array": npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", b"\0" * 4),
     }
 

@@ -92,6 +92,8 @@ def test_commands_of_the_readme_are_accepted() -> None:
 
 def test_no_script_names_a_folder_of_one_machine() -> None:
     for file in FOLDER.glob("*.py"):
+        if file.name.startswith("_fuzz"):
+            continue  # names that lead out of a folder are what it tries
         literals = [n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant)]
         assert not [v for v in literals if isinstance(v, str) and re.search(r"(^|\s)(/(work|tmp|home|root)/|\.\./)", v)]
 
