@@ -61,7 +61,8 @@ class LocalMachine:
         self._tensor: Callable[[Array], Any] = tvm.runtime.tensor
         with loading(artifact, about, tvm.__version__):
             self._vm: Any = tvm.runtime.vm.VirtualMachine(load_executable(tvm, artifact), tvm.cpu())
-        self._stored = {name: self._tensor(array) for name, array in stored.items()}
+        # Each is given up as soon as it is copied: else the most memory would be twice the parameters.
+        self._stored = {name: self._tensor(stored.pop(name)) for name in list(stored)}
         self._arguments: dict[str, tuple[Sequence[str], tuple[Any, ...]]] = {}
 
     def call(self, entry: str, inputs: Sequence[Array], parameters: Sequence[str]) -> list[Array]:

@@ -447,10 +447,11 @@ def _executed(result: Mapping[str, Any], _: Any, limit: float) -> _Finding | Non
     if isinstance(ops, list | tuple) and ops and all(isinstance(op, Mapping) for op in ops):
         declared = [op for op in ops if str(op.get("declared", "float")) not in ("float", "W4A16", "W8A16")]
         # By name, and only where the recipe asked for a placement search: see `placement.placement_row`.
-        excepted = set(_section(result, "placement").get("kept_float", ()))
+        kept_float = _section(result, "placement").get("kept_float")
+        excepted = set(map(str, kept_float)) if isinstance(kept_float, list | tuple) else set()
         floats = [op for op in declared if not str(op.get("precision", "")).startswith(("int", "nvfp4"))]
-        missed = [op for op in floats if op.get("name") not in excepted]
-        kept = [str(op.get("name")) for op in floats if op.get("name") in excepted]
+        missed = [op for op in floats if str(op.get("name")) not in excepted]
+        kept = [str(op.get("name")) for op in floats if str(op.get("name")) in excepted]
         total = sum(_number(op, "macs") or 0 for op in declared)
         if not declared:
             return _Finding(0.0, "the audit shows no operation that is declared as integer", verdict="fail")

@@ -136,7 +136,7 @@ def test_foreign_changes_are_refused(tmp_path: Path, text: str):
     model, _ = small()
     save_changes(model, transformed(model, "a", 8), tmp_path)
     (tmp_path / "changed.json").write_text(text)
-    with pytest.raises(ArtifactError, match=r"changed.json: not changes of this model"):
+    with pytest.raises(ArtifactError, match=r"changed.json: (not changes of this model|truncated, or not JSON)"):
         load_changes(copy.deepcopy(model), tmp_path)
 
 
@@ -145,5 +145,5 @@ def test_changes_of_another_model_are_refused(tmp_path: Path):
     save_changes(model, transformed(model, "a", 8), tmp_path)
     other = nn.Module()
     other.a = nn.Linear(4, 4)
-    with pytest.raises(ArtifactError, match="of another model"):
+    with pytest.raises(ArtifactError, match=r"not changes of this model\. Found: .*size 8 in front of 4 channels"):
         load_changes(other, tmp_path)
