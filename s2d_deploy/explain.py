@@ -445,10 +445,10 @@ class Explainer:
 
     def _other_scales(self, found: Explanation) -> None:
         """Quantizers that cannot be run alone show their scales one behind the other: too many for single faults."""
-        scales = {f.layer for f in found.findings if f.cause in ("wrong-scale", "wrong-zero-point")}
+        scales = {f.site for f in found.findings if f.cause in ("wrong-scale", "wrong-zero-point")}
         if len(scales) > 2 and len(scales) >= len(found.findings) - 1:
             text = (
-                f"{len(scales)} layers have other scales, the first {found.findings[0].layer}; the search ended there"
+                f"{len(scales)} places have other scales, the first {found.findings[0].layer}; the search ended there"
             )
             evidence = found.findings[0].evidence
             found.findings = [Finding("stale-artifact", "*", found.findings[0].site, text, evidence)]
@@ -515,10 +515,14 @@ class Explainer:
         return False
 
     def _is_quantizer(self, candidates: list[str], site: str, fault: QuantizerFault) -> bool:
-        """Codes in another order behind a product are the product's; a scale with nothing before it, the input's."""
+        """Codes in another order behind a product are the product's; a scale with no product before it, the input's.
+
+        Inputs without floats (token ids) have no scale: then it is the quantizer's all the same.
+        """
         if fault.cause == "swapped-axis":
             return not candidates
-        return fault.cause != "wrong-scale" or bool(candidates) or bool(self._reach.get(site))
+        floats = any(tensor.is_floating_point() for tensor in self.batch.values())
+        return fault.cause != "wrong-scale" or bool(candidates) or bool(self._reach.get(site)) or not floats
 
     def _same_by_product(self, found: Explanation, candidates: list[str], site: str) -> tuple[str, ...]:
         """Products whose wrong scale would have made the same codes as the quantizer's."""
