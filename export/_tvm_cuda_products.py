@@ -25,7 +25,7 @@ from ._tvm_cuda_intrinsics import barrier, dp4a, mma
 from ._tvm_cuda_isa import CudaIsa
 from ._tvm_cuda_words import constant, packed, signed_nibbles
 from ._tvm_epilogue import Epilogue, place_of, store
-from ._tvm_kernels import Geometry
+from ._tvm_kernels import Geometry, product_arguments
 
 WARP = 32
 _STAGE = 64  # codes of K that a stage brings
@@ -89,14 +89,7 @@ def operands_of(isa: CudaIsa, geometry: Geometry) -> _Operands:
 @lru_cache(maxsize=512)
 def integer_kernel(isa: CudaIsa, geometry: Geometry, epilogue: Epilogue) -> Any:
     """left bytes, right panels, `Geometry.extra`, operands -> outputs, as a PrimFunc: see `_tvm_kernels`."""
-    panels, extra = geometry.panels, geometry.extra
-    arguments = [
-        ("a", geometry.left.shape, "uint8"),
-        ("b", (geometry.products * geometry.blocks, *panels.stored_shape), "uint8" if panels.bits == 4 else "int8"),
-        *extra,
-        *((f"x{i}", place.shape, place.dtype) for i, place in enumerate(epilogue.operands)),
-        *((f"o{i}", place.shape, place.dtype) for i, (_, place) in enumerate(epilogue.outputs)),
-    ]
+    extra = geometry.extra
 
     def body(a: Any, right: Any, *others: Any) -> None:
         given = {name: buffer for (name, _, _), buffer in zip(extra, others, strict=False)}
@@ -104,7 +97,7 @@ def integer_kernel(isa: CudaIsa, geometry: Geometry, epilogue: Epilogue) -> Any:
         count = len(epilogue.operands)
         _Tile(isa, geometry, epilogue, a, right, given, rest[:count], rest[count:]).write()
 
-    return prim_func(arguments, body)
+    return prim_func(product_arguments(geometry, epilogue), body)
 
 
 class _Tile:

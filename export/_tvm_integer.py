@@ -18,7 +18,7 @@ from typing import Any
 from ._tvm_builder import ir, loop, prim_func, ramp, shares, splat, when
 from ._tvm_epilogue import Epilogue, place_of, scratch_of, store
 from ._tvm_isa import Isa
-from ._tvm_kernels import SERIAL_BELOW, Geometry, Tile, each_vector
+from ._tvm_kernels import SERIAL_BELOW, Geometry, Tile, each_vector, product_arguments
 
 
 @lru_cache(maxsize=512)
@@ -32,15 +32,9 @@ def integer_kernel(isa: Isa, geometry: Geometry, epilogue: Epilogue) -> Any:
         epilogue: operands and outputs have the places that it says. With blocks its value 0 is the sum over blocks of
             accumulator times scale, in float32 and in their order.
     """
-    panels = geometry.panels
-    arguments = [
-        ("a", geometry.left.shape, "uint8"),
-        ("b", (geometry.products * geometry.blocks, *panels.stored_shape), "uint8" if panels.bits == 4 else "int8"),
-        *geometry.extra,
-        *((f"x{i}", place.shape, place.dtype) for i, place in enumerate(epilogue.operands)),
-        *((f"o{i}", place.shape, place.dtype) for i, (_, place) in enumerate(epilogue.outputs)),
-    ]
-    return prim_func(arguments, lambda *buffers: _Writer(isa, geometry, epilogue, buffers).write())
+    return prim_func(
+        product_arguments(geometry, epilogue), lambda *buffers: _Writer(isa, geometry, epilogue, buffers).write()
+    )
 
 
 @dataclass(frozen=True)

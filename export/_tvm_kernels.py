@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from ._tvm_builder import ir, loop, prim_func, ramp, splat, when
-from ._tvm_epilogue import Place
+from ._tvm_epilogue import Epilogue, Place
 from ._tvm_isa import Isa
 from ._tvm_multiply import NARROW_RUNS, Multiplier
 from ._tvm_panels import Panels
@@ -80,6 +80,18 @@ class Geometry:
         if self.blocks > 1:
             found.append(("scales", (self.blocks, self.panels.n), "float32"))
         return found
+
+
+def product_arguments(geometry: Geometry, epilogue: Epilogue) -> list[tuple[str, tuple[int, ...], str]]:
+    """Name, shape and dtype of a product's buffers: both operands, `Geometry.extra`, those of the epilogue, outputs."""
+    panels = geometry.panels
+    return [
+        ("a", geometry.left.shape, "uint8"),
+        ("b", (geometry.products * geometry.blocks, *panels.stored_shape), "uint8" if panels.bits == 4 else "int8"),
+        *geometry.extra,
+        *((f"x{i}", place.shape, place.dtype) for i, place in enumerate(epilogue.operands)),
+        *((f"o{i}", place.shape, place.dtype) for i, (_, place) in enumerate(epilogue.outputs)),
+    ]
 
 
 def cuts_of(tasks: int, rows: int, height: int) -> int:
