@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -591,11 +590,12 @@ def _finish(
     summary: Path | None = None,
     bundle: Path | None = None,
 ) -> None:
+    from s2d_deploy.files import plain_name
     from s2d_deploy.gate import exit_code
     from s2d_deploy.gating import apply_baseline, write_files
     from s2d_deploy.run import run as run_everything
 
-    devices = [re.sub(r"[^A-Za-z0-9.]+", "-", device).strip("-") for device in options["devices"]]
+    devices = [plain_name(device).strip("-") for device in options["devices"]]
     part = "-".join(dict.fromkeys([*options["targets"], *map(str.lower, options["precisions"]), *devices])) or None
     with _opened(**options) as pipeline:
         outcome = run_everything(pipeline, part=part)

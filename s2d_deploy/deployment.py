@@ -8,7 +8,6 @@ a row, too, and is kept in `Deployment.errors`, so that the other precisions and
 from __future__ import annotations
 
 import logging
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from s2d_deploy.conditions import conditions
 from s2d_deploy.console import Step
 from s2d_deploy.errors import RecipeError, S2DDeployError, StageError, UnavailableError, UnsupportedError, message
 from s2d_deploy.evaluate import outputs
+from s2d_deploy.files import plain_name
 from s2d_deploy.footprint import measure_footprint
 from s2d_deploy.host import cpu_model
 from s2d_deploy.judge import UNTIMED
@@ -64,7 +64,7 @@ class Deployment:
         self._makers: dict[str, Callable[[Path, Progress], Artifact]] = {}
         self.target = load_target(section.name)
         # Stages of what ran elsewhere stand beside those of what ran here.
-        self.place = section.name + (re.sub(r"[^A-Za-z0-9.]+", "-", f"@{section.device}") if section.device else "")
+        self.place = section.name + (plain_name(f"@{section.device}") if section.device else "")
 
     @cached_property
     def runtime(self) -> Runtime:

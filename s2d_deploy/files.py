@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def canonical_json(document: Any) -> str:
 def digest(document: Any) -> str:
     """SHA-256 (hexadecimal) of the canonical JSON of `document`."""
     return hashlib.sha256(canonical_json(document).encode()).hexdigest()
+
+
+def plain_name(text: str) -> str:
+    """`text` with a dash for every run of characters that are no letter, digit or dot: fit for a file's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text)
 
 
 def sha256_file(path: Path) -> str:

@@ -292,7 +292,7 @@ def test_keys_that_are_no_part_of_the_schema_may_hold_anything(junk: Any) -> Non
                 result[part] |= {"conditions": junk, "outliers": junk, "peaks": junk, "gigabytes_per_second": junk}
     for gate in document["gates"]:
         gate |= {"interval": junk, "detectable": junk, "samples_needed": junk}
-    Page(html(document))
+    assert Page(html(document)).count("table") > 1  # well-formed (see `Page`), and with its tables
 
 
 @pytest.mark.parametrize(
